@@ -1,0 +1,1 @@
+"""Compress PyTorch models: distillation, pruning, int8 quantization, ONNX export, honest measurement."""

@@ -1,0 +1,226 @@
+"""The models that stages pass on: a PyTorch module that can be rebuilt, or an ONNX file."""
+
+import copy
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import onnxruntime
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+
+from compressor.errors import InputError
+from compressor.plugins import Reference
+from compressor.runtime import open_session
+from compressor.task import Inputs
+
+
+class Edit(BaseModel):
+    """The sizes that a structural change gave one submodule: integer attributes and tensor shapes, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    attributes: Mapping[str, int | tuple[int, ...]] = {}
+    shapes: Mapping[str, tuple[int, ...]] = {}
+
+
+def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
+    """List the sizes by which `after` differs from `before`, a module with the same submodules.
+
+    Raises ValueError if a submodule was added, removed or replaced by another class.
+    """
+    old, new = dict(before.named_modules()), dict(after.named_modules())
+    if {path: type(module) for path, module in old.items()} != {path: type(module) for path, module in new.items()}:
+        msg = "edits describe sizes only: both modules must have the same submodules"
+        raise ValueError(msg)
+    edits = []
+    for path, module in new.items():
+        attributes = {name: size for name, size in _sizes(module).items() if _sizes(old[path]).get(name) != size}
+        shapes = {name: shape for name, shape in _shapes(module).items() if _shapes(old[path]).get(name) != shape}
+        if attributes or shapes:
+            edits.append(Edit(path=path, attributes=attributes, shapes=shapes))
+    return tuple(edits)
+
+
+def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> nn.Module:
+    """Return a copy of `module` with the sizes of `edits`; resized tensors hold zeros until weights are loaded."""
+    edited = copy.deepcopy(module)
+    for edit in edits:
+        submodule = edited.get_submodule(edit.path)
+        for name, size in edit.attributes.items():
+            setattr(submodule, name, size)
+        for name, shape in edit.shapes.items():
+            tensor = getattr(submodule, name)
+            resized = tensor.detach().new_zeros(shape)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(submodule, name, nn.Parameter(resized, tensor.requires_grad) if is_parameter else resized)
+    return edited
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def _sizes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
+    def is_size(value: object) -> bool:
+        if isinstance(value, tuple):
+            return all(isinstance(part, int) for part in value)
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    return {name: value for name, value in vars(module).items() if is_size(value)}
+
+
+class _Recipe(BaseModel):
+    """How to rebuild the module of a saved `TorchModel`, before its weights are loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    factory: Reference
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A PyTorch module in evaluation mode, the factory that first built it, and the structural edits made since.
+
+    The module is never changed: who wants to train or cut it works on a copy. It is saved as factory + edits +
+    safetensors, never as a pickle, because after channel pruning `factory()` alone has other shapes.
+    """
+
+    module: nn.Module
+    factory: Reference
+    edits: tuple[Edit, ...] = ()
+
+    @classmethod
+    def build(cls, reference: Reference, *, seed: int) -> "TorchModel":
+        """Call the factory with torch's generator seeded, then load `weights_file` if the reference names one.
+
+        Raises InputError if the factory gives no `nn.Module` or the weights do not fit it.
+        """
+        factory = reference.without("weights_file")
+        module = _call(factory, seed=seed)
+        weights_file = reference.arguments.get("weights_file")
+        if weights_file is not None:
+            load_weights(module, weights_file)
+        return cls(module, factory)
+
+    def with_module(self, module: nn.Module, *edits: Edit) -> "TorchModel":
+        """Return this model with other weights and, after further `edits`, other sizes."""
+        return TorchModel(module.eval(), self.factory, self.edits + edits)
+
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Outputs without gradient."""
+        with torch.no_grad():
+            outputs: Tensor = self.module(*inputs)
+        return outputs
+
+    def save(self, directory: Path) -> None:
+        """Write `model.json` and `model.safetensors` into an existing directory."""
+        recipe = _Recipe(factory=self.factory, edits=self.edits)
+        (directory / "model.json").write_text(recipe.model_dump_json(indent=1))
+        save_model(self.module, str(directory / "model.safetensors"))
+
+    @classmethod
+    def load(cls, directory: Path) -> "TorchModel":
+        """Rebuild the module from a directory written by `save`, with equal weights."""
+        recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
+        module = apply_edits(_call(recipe.factory, seed=0), recipe.edits)
+        load_weights(module, directory / "model.safetensors")
+        return cls(module, recipe.factory, recipe.edits)
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file that later stages may finish but no longer train; external data lies beside it."""
+
+    path: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The ONNX file, then its external data file if it has one."""
+        data = self.path.with_name(self.path.name + ".data")
+        return (self.path, data) if data.exists() else (self.path,)
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        return open_session(self.path, threads=0)
+
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Outputs under ONNX Runtime on the CPU, all cores. Raises InputError if the file cannot be run."""
+        names = [node.name for node in self._session.get_inputs()]
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return torch.from_numpy(self._session.run(None, feeds)[0])
+
+    def save(self, directory: Path) -> None:
+        """Copy the files into an existing directory: a link would make ONNX refuse external data."""
+        for file in self.files:
+            shutil.copyfile(file, directory / file.name)
+
+    @classmethod
+    def load(cls, directory: Path) -> "OnnxModel":
+        """Name the one `.onnx` file of a directory written by `save`."""
+        (path,) = directory.glob("*.onnx")
+        return cls(path)
+
+
+Artifact: TypeAlias = TorchModel | OnnxModel
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Load a state dict into `module`, in place, from `.safetensors`, or from `.pt`/`.pth` with `weights_only=True`.
+
+    Raises InputError if the file cannot be read safely or its names and shapes are not exactly the module's.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        msg = f"{file} must hold tensors only, but it holds other Python objects; save its state_dict as .safetensors"
+        raise InputError(msg) from error
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        msg = f"{file} must be a readable weights file (.safetensors or .pt): {error}"
+        raise InputError(msg) from error
+    if not isinstance(state, Mapping):
+        msg = f"{file} must hold a state dict, a mapping of names to tensors, got {type(state).__name__}"
+        raise InputError(msg)
+    _check_names_and_shapes(module, state, file)
+    module.load_state_dict(state, strict=False)
+
+
+def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    wanted = module.state_dict()
+    # safetensors stores a tensor that two modules share once, under one of its names
+    stored = {tensor.data_ptr() for name, tensor in wanted.items() if name in state}
+    missing = [name for name, tensor in wanted.items() if name not in state and tensor.data_ptr() not in stored]
+    unexpected = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in faults.items() if names]
+    if listed:
+        msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has " + "; ".join(listed)
+        raise InputError(msg)
+
+
+def _call(factory: Reference, *, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = factory.call()
+    if not isinstance(module, nn.Module):
+        msg = f"{factory.factory} must return a torch.nn.Module, got {type(module).__name__}"
+        raise InputError(msg)
+    return module.eval()

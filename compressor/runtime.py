@@ -1,0 +1,35 @@
+"""Open an ONNX file under ONNX Runtime on the CPU; knows no torch."""
+
+from pathlib import Path
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from compressor.errors import InputError
+
+# ONNX Runtime's errors share no base class but Exception.
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+def open_session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
+    """Open `path` with a fixed number of threads; 0 leaves the choice to ONNX Runtime.
+
+    Raises InputError if ONNX Runtime cannot load or run the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: the CPU provider warns about graphs that it runs correctly
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _LOAD_ERRORS as error:
+        msg = f"{path} must be a model that ONNX Runtime can run: {error}"
+        raise InputError(msg) from error

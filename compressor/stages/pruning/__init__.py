@@ -1,0 +1,1 @@
+"""Channels of small magnitude are removed."""

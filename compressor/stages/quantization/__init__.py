@@ -1,0 +1,1 @@
+"""Weights and activations become 8-bit integers."""
