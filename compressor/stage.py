@@ -43,6 +43,9 @@ class Stage(BaseModel, ABC, Generic[In, Out]):
     version: ClassVar[int] = 1
     """Raised when the same settings would give another model."""
 
+    makes_baseline: ClassVar[bool] = False
+    """Whether the result is what the report compares with; such a stage comes first."""
+
     @abstractmethod
     def apply(self, model: In, task: Task, context: StageContext) -> Out:
         """Return a new model; `model` is not changed."""

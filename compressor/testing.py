@@ -1,0 +1,85 @@
+"""`check_stage`: the contract that every stage, ours or foreign, must keep."""
+
+import copy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.artifact import Artifact, TorchModel
+from compressor.stage import Stage, StageContext
+from compressor.task import Task
+
+_RELOAD = """
+import sys
+import torch
+from pathlib import Path
+from compressor.artifact import OnnxModel, TorchModel
+from safetensors.torch import load_file, save_file
+kind, directory = sys.argv[1], Path(sys.argv[2])
+sys.path[:0] = sys.argv[3:]
+inputs = load_file(directory / "inputs.safetensors")
+model = {"TorchModel": TorchModel, "OnnxModel": OnnxModel}[kind].load(directory / "model")
+outputs = model.predict(tuple(inputs[str(i)] for i in range(len(inputs))))
+save_file({"outputs": outputs}, directory / "outputs.safetensors")
+"""
+"""What a fresh process does with a saved artifact."""
+
+
+def check_stage(stage: Stage[Any, Any], model: TorchModel, task: Task, *, seed: int = 0) -> None:
+    """Check that `stage`, applied to `model`, keeps the contract of `Stage`.
+
+    The settings survive JSON; the input model is left as it was; the result is what the annotation of `apply` says,
+    gives outputs shaped like the input's, comes out equal a second time, and gives equal outputs after it was saved
+    and loaded in a fresh process. Raises AssertionError naming the promise that is broken.
+    """
+    loaded = type(stage).model_validate_json(stage.model_dump_json())
+    _require(loaded == stage, "settings must survive JSON", f"{loaded!r} is not {stage!r}")
+    before = copy.deepcopy(model.module.state_dict())
+    with tempfile.TemporaryDirectory() as name:
+        results = [_apply(stage, model, task, Path(name) / run, seed=seed) for run in ("first", "second")]
+        after = model.module.state_dict()
+        _require(before.keys() == after.keys(), "the input model must keep its tensors", f"{set(before) ^ set(after)}")
+        changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+        _require(not changed, "the input model must not change", f"{changed} did")
+        promised = get_type_hints(type(stage).apply)["return"]
+        _require(isinstance(results[0], promised), f"apply must return {promised}", f"got {type(results[0]).__name__}")
+        outputs, second = (result.predict(task.example_inputs) for result in results)
+        wanted = model.predict(task.example_inputs).shape
+        _require(outputs.shape == wanted, f"outputs must have the shape {tuple(wanted)}", f"got {tuple(outputs.shape)}")
+        _require(torch.equal(outputs, second), "the same seed must give the same model", _distance(outputs, second))
+        reloaded = _reload(results[0], task, Path(name))
+        _require(torch.equal(outputs, reloaded), "outputs must be equal after reloading", _distance(outputs, reloaded))
+
+
+def _apply(stage: Stage[Any, Any], model: TorchModel, task: Task, work_dir: Path, *, seed: int) -> Artifact:
+    work_dir.mkdir()
+    result: Artifact = stage.apply(model, task, StageContext(model, torch.device("cpu"), seed, work_dir, print))
+    return result
+
+
+def _reload(artifact: Artifact, task: Task, directory: Path) -> Tensor:
+    """Outputs on the example inputs of `artifact`, saved here and loaded by a fresh process."""
+    (directory / "model").mkdir()
+    artifact.save(directory / "model")
+    inputs = {str(position): tensor.contiguous() for position, tensor in enumerate(task.example_inputs)}
+    save_file(inputs, directory / "inputs.safetensors")
+    command = [sys.executable, "-c", _RELOAD, type(artifact).__name__, str(directory), *sys.path]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    _require(finished.returncode == 0, "the result must load in a fresh process", finished.stderr)
+    return load_file(directory / "outputs.safetensors")["outputs"]
+
+
+def _require(holds: bool, rule: str, found: str) -> None:  # the condition reads first, as in assert
+    if not holds:
+        msg = f"{rule}, but {found}"
+        raise AssertionError(msg)
+
+
+def _distance(one: Tensor, other: Tensor) -> str:
+    return f"they differ by up to {(one - other).abs().max().item():.3g}"

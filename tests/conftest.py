@@ -1,0 +1,22 @@
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from compressor import Samples, Task
+
+
+@pytest.fixture(scope="session")
+def digits_task() -> Task:
+    """Scikit-learn's real digits, (N, 1, 8, 8), in a fixed order."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    images = (torch.from_numpy(digits.images).float() / 16).unsqueeze(1)[order]
+    targets = torch.from_numpy(digits.target).long()[order]
+    return Task(
+        train=Samples((images[540:],), targets[540:]),
+        validation=Samples((images[360:540],), targets[360:540]),
+        test=Samples((images[:360],), targets[:360]),
+        calibration=Samples((images[540:796],), targets[540:796]),
+        example_inputs=(images[:2],),
+        labels=tuple("0123456789"),
+    )

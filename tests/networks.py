@@ -1,0 +1,98 @@
+"""Small networks of the kinds that users bring, for (N, 1, 8, 8) digits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PlainNetwork(nn.Module):
+    """Convolutions with BatchNorm, a pooling, two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc1 = nn.Linear(32 * 4 * 4, 64)
+        self.fc2 = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class ResidualNetwork(nn.Module):
+    """An addition that ties the channels of three convolutions, one of them depthwise, and a global pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.pointwise = nn.Conv2d(16, 16, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.stem(x)))
+        x = F.relu(x + self.bn3(self.pointwise(F.relu(self.bn2(self.depthwise(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+class ConcatenatedNetwork(nn.Module):
+    """Two branches whose channels are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(1, 16, 3, padding=1)
+        self.right = nn.Conv2d(1, 16, 1)
+        self.joined = nn.Conv2d(32, 16, 3)
+        self.head = nn.Linear(16 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], dim=1)
+        return self.head(F.relu(self.joined(x)).flatten(1))
+
+
+class TenEverywhereNetwork(nn.Module):
+    """A hidden layer as wide as the output, which only a trial can tell from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 10)
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+class FixedViewNetwork(nn.Module):
+    """A network with a channel count written in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3)
+        self.head = nn.Linear(16 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x)).view(-1, 16 * 36))
+
+
+class TiedNetwork(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(F.relu(self.first(x.flatten(1))))))
+
+
+def not_a_module() -> str:
+    return "a model"

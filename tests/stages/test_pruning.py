@@ -1,0 +1,145 @@
+import pytest
+import torch
+from torch import nn
+
+from compressor.artifact import TorchModel
+from compressor.errors import StageError
+from compressor.plugins import Reference
+from compressor.stage import StageContext
+from compressor.stages.pruning.stage import MagnitudePruning
+from compressor.stages.pruning.structured import channels_kept, prune_channels
+from compressor.stages.training import Training
+from compressor.task import evaluate
+from compressor.testing import check_stage
+from networks import (
+    ConcatenatedNetwork,
+    FixedViewNetwork,
+    PlainNetwork,
+    ResidualNetwork,
+    TenEverywhereNetwork,
+)
+
+
+def half(module: nn.Module, task, round_to: int = 4) -> nn.Module:
+    return prune_channels(module, task.example_inputs, pruning_ratio=0.5, round_to=round_to).module
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "round_to", "kept"),
+    [
+        pytest.param(16, 0.5, 1, 8, id="exact"),
+        pytest.param(16, 0.5, 8, 8, id="multiple"),
+        pytest.param(20, 0.5, 8, 8, id="nearest-multiple"),
+        pytest.param(500, 0.5, 8, 248, id="ties-to-even"),
+        pytest.param(16, 0.99, 8, 8, id="never-below-one-multiple"),
+        pytest.param(6, 0.5, 8, 6, id="never-above-what-there-is"),
+        pytest.param(16, 0.01, 1, 16, id="nothing-to-remove"),
+    ],
+)
+def test_channels_kept_is_the_nearest_multiple(channels, ratio, round_to, kept):
+    assert channels_kept(channels, pruning_ratio=ratio, round_to=round_to) == kept
+
+
+@pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
+def test_pruned_network_has_half_the_channels_in_every_group_and_all_classes(network, digits_task):
+    pruned = prune_channels(network(), digits_task.example_inputs, pruning_ratio=0.5, round_to=4)
+    assert all(kept * 2 == had for kept, had in pruned.channels.values())
+    assert pruned.module(*digits_task.example_inputs).shape == (2, 10)
+
+
+def test_layers_coupled_by_an_addition_keep_the_same_channels(digits_task):
+    module = half(ResidualNetwork(), digits_task)
+    assert module.stem.out_channels == module.depthwise.groups == module.pointwise.out_channels == 8
+    assert module.bn1.num_features == module.bn3.num_features == module.head.in_features == 8
+
+
+def test_channels_of_smallest_magnitude_are_the_ones_removed(digits_task):
+    module = PlainNetwork()
+    with torch.no_grad():
+        for layer in (module.conv1, module.bn1):
+            layer.weight[::2] *= 1e-3
+        module.conv2.weight[:, ::2] *= 1e-3
+    pruned = half(module, digits_task)
+    assert torch.equal(pruned.conv1.weight, module.conv1.weight[1::2])
+    # the linear layer behind the flattening loses the columns of whole channels
+    assert pruned.fc1.in_features == 16 * 4 * 4
+
+
+def test_channels_without_effect_are_removed_without_changing_the_logits(digits_task):
+    module = PlainNetwork().eval()
+    with torch.no_grad():
+        module.conv1.weight[:8], module.bn1.weight[:8], module.bn1.bias[:8] = 0, 0, 0
+        module.conv2.weight[16:], module.conv2.bias[16:], module.fc1.weight[32:], module.fc1.bias[32:] = 0, 0, 0, 0
+        module.conv2.weight[:, :8] = 0
+        module.fc1.weight[:, 16 * 16 :] = 0
+        module.fc2.weight[:, 32:] = 0
+    images = digits_task.test.inputs[0]
+    # sums over fewer terms round differently
+    torch.testing.assert_close(half(module, digits_task)(images), module(images), rtol=0, atol=1e-6)
+
+
+def test_output_layer_is_told_from_a_hidden_layer_of_its_width(digits_task):
+    module = half(TenEverywhereNetwork(), digits_task, round_to=1)
+    assert (module.hidden.out_features, module.head.out_features) == (5, 10)
+
+
+def test_frozen_parameters_are_refused(digits_task):
+    module = PlainNetwork()
+    module.conv2.requires_grad_(False)
+    with pytest.raises(StageError, match=r"conv2\.weight, conv2\.bias are frozen"):
+        half(module, digits_task)
+
+
+def test_size_written_in_forward_is_explained(digits_task):
+    with pytest.raises(StageError, match="is a size written in its forward"):
+        half(FixedViewNetwork(), digits_task)
+
+
+def test_layer_that_takes_no_part_is_named(digits_task):
+    module = PlainNetwork()
+    module.forgotten = nn.Linear(3, 3)
+    with pytest.raises(StageError, match="forgotten did not"):
+        half(module, digits_task)
+
+
+def test_grouped_convolutions_are_refused(digits_task):
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(StageError, match="1 have others"):
+        half(module, digits_task)
+
+
+def test_ratio_that_removes_nothing_is_refused(digits_task):
+    with pytest.raises(StageError, match=r"leave groups of \[16, 32, 64\] channels whole; lower round_to"):
+        prune_channels(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
+
+
+def test_pruning_does_not_change_the_given_module(digits_task):
+    module = PlainNetwork()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    half(module, digits_task)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_recovery_distils_from_the_baseline_and_regains_accuracy(digits_task, tmp_path):
+    model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
+    lines: list[str] = []
+    context = StageContext(model, torch.device("cpu"), 0, tmp_path, lines.append)
+    baseline = Training(epochs=10, batch_size=64).apply(model, digits_task, context)
+    context = StageContext(baseline, torch.device("cpu"), 0, tmp_path, lines.append)
+    recovery = {"epochs": 4, "batch_size": 64}
+    bare = MagnitudePruning(pruning_ratio=0.5).apply(baseline, digits_task, context)
+    recovered = MagnitudePruning(pruning_ratio=0.5, recovery=recovery).apply(baseline, digits_task, context)
+    accuracies = [
+        evaluate(digits_task.metrics, artifact.predict, digits_task.test)["accuracy"]
+        for artifact in (baseline, bare, recovered)
+    ]
+    assert accuracies[0] > 0.95
+    assert accuracies[1] < accuracies[2] - 0.05
+    assert accuracies[2] > 0.9
+    assert any("removed 56 of 112 channels (50%, asked 50%) in 3 groups" in line for line in lines)
+    assert any("kd" in line for line in lines)
+
+
+def test_magnitude_pruning_keeps_the_contract_of_a_stage(digits_task):
+    model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
+    check_stage(MagnitudePruning(pruning_ratio=0.5, recovery={"epochs": 1}), model, digits_task)

@@ -1,0 +1,138 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from compressor.artifact import TorchModel, apply_edits, load_weights, structural_edits
+from compressor.errors import InputError
+from compressor.plugins import Reference
+from compressor.stages.pruning.structured import prune_channels
+from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
+
+PLAIN = Reference(factory="networks:PlainNetwork")
+
+RELOAD = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from compressor import TorchModel
+directory = Path(sys.argv[1])
+images = load_file(directory / "images.safetensors")["images"]
+save_file({"logits": TorchModel.load(directory).predict((images,))}, directory / "logits.safetensors")
+"""
+
+
+def logits_of_a_fresh_process(directory: Path, images: torch.Tensor) -> torch.Tensor:
+    save_file({"images": images}, directory / "images.safetensors")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", RELOAD, str(directory)], check=True, env=environment)
+    return load_file(directory / "logits.safetensors")["logits"]
+
+
+def pruned(model: TorchModel, inputs, ratio: float) -> TorchModel:
+    smaller = prune_channels(model.module, inputs, pruning_ratio=ratio, round_to=2).module
+    return model.with_module(smaller, *structural_edits(model.module, smaller))
+
+
+def test_twice_pruned_model_reloads_in_a_fresh_process_with_equal_logits(tmp_path, digits_task):
+    model = TorchModel.build(PLAIN, seed=3)
+    for ratio in (0.5, 0.25):
+        model = pruned(model, digits_task.example_inputs, ratio)
+    model.save(tmp_path)
+    images = digits_task.test.inputs[0][:32]
+    assert model.module.conv1.out_channels == 6
+    assert torch.equal(logits_of_a_fresh_process(tmp_path, images), model.predict((images,)))
+
+
+@pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
+def test_edits_give_a_new_module_the_sizes_of_the_pruned_one(network, digits_task):
+    module = network().eval()
+    smaller = prune_channels(module, digits_task.example_inputs, pruning_ratio=0.5, round_to=4).module
+    rebuilt = apply_edits(network(), structural_edits(module, smaller))
+    rebuilt.load_state_dict(smaller.state_dict())
+    images = digits_task.test.inputs[0][:8]
+    assert torch.equal(rebuilt.eval()(images), smaller(images))
+
+
+def test_saved_model_holds_no_pickle(tmp_path):
+    TorchModel.build(PLAIN, seed=0).save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_weights_that_layers_share_are_stored_once_and_shared_again(tmp_path, digits_task):
+    model = TorchModel.build(Reference(factory="networks:TiedNetwork"), seed=0)
+    model.save(tmp_path)
+    loaded = TorchModel.load(tmp_path)
+    assert loaded.module.first.weight is loaded.module.second.weight
+    assert torch.equal(loaded.predict(digits_task.example_inputs), model.predict(digits_task.example_inputs))
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.3 * 4 * 64 * (64 + 1 + 1 + 10)
+
+
+def test_seed_decides_the_weights_of_a_new_model(digits_task):
+    first, again, other = (TorchModel.build(PLAIN, seed=seed).predict(digits_task.example_inputs) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_factory_that_returns_no_module_is_refused():
+    with pytest.raises(InputError, match=r"networks:not_a_module must return a torch.nn.Module, got str"):
+        TorchModel.build(Reference(factory="networks:not_a_module"), seed=0)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_user_weights_load_from_safetensors_and_from_tensors_in_a_pt_file(tmp_path, suffix, digits_task):
+    trained = PlainNetwork().eval()
+    file = tmp_path / f"weights{suffix}"
+    save_file(trained.state_dict(), file) if suffix == ".safetensors" else torch.save(trained.state_dict(), file)
+    model = TorchModel.build(Reference(factory="networks:PlainNetwork", weights_file=str(file)), seed=0)
+    assert torch.equal(model.predict(digits_task.example_inputs), trained(*digits_task.example_inputs))
+    assert "weights_file" not in model.factory.arguments
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploited"),))
+
+
+@pytest.mark.parametrize("content", [Exploit(), PlainNetwork()])
+def test_pickled_objects_are_refused_and_never_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "weights.pt")
+    with pytest.raises(InputError, match="tensors only"):
+        load_weights(PlainNetwork(), Path("weights.pt"))
+    assert not Path("exploited").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not a weights file", b"\xff" * 4096])
+def test_damaged_weights_are_an_input_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        load_weights(PlainNetwork(), tmp_path / name)
+
+
+def test_missing_weights_file_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="nothing"):
+        load_weights(PlainNetwork(), tmp_path / "nothing.pt")
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
+    state = PlainNetwork().state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    state["fc2.bias"] = torch.zeros(5)
+    del state["conv1.weight"]
+    save_file(state, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError) as refusal:
+        load_weights(PlainNetwork(), tmp_path / "weights.safetensors")
+    for part in ("1 missing: conv1.weight", "1 unexpected: extra.weight", "fc2.bias (5,) instead of (10,)"):
+        assert part in str(refusal.value)
+
+
+def test_edits_refuse_modules_of_another_structure():
+    with pytest.raises(ValueError, match="same submodules"):
+        structural_edits(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Conv1d(2, 2, 1)))

@@ -1,0 +1,182 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from compressor import Augmentation, Batch, Samples
+from compressor.errors import InputError, StageError
+from compressor.task import cross_entropy, uniform_numbers
+from compressor.training import Optimizer, fit, learning_rate
+
+CPU = torch.device("cpu")
+DIVERGING = Optimizer(name="sgd", learning_rate=1e10, schedule="constant", warmup=0.0)
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+def hard(module: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    return {"loss": cross_entropy(module(*batch.inputs), batch.targets)}
+
+
+def fit_briefly(module, split, **changes):
+    settings = {
+        "weights": {"loss": 1.0},
+        "epochs": 2,
+        "batch_size": 64,
+        "optimizer": Optimizer(learning_rate=1e-2),
+        "seed": 0,
+        "device": CPU,
+        "log": lambda _line: None,
+    }
+    return fit(module, hard, split, **{**settings, **changes})
+
+
+def parameters(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_fit_leaves_the_given_module_as_it_was(digits_task):
+    module = small_network()
+    before = parameters(module).clone()
+    trained = fit_briefly(module, digits_task.train)
+    assert torch.equal(parameters(module), before)
+    assert not torch.equal(parameters(trained), before)
+    assert not trained.training
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(digits_task):
+    first, again, other = (fit_briefly(small_network(), digits_task.train, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(parameters(first), parameters(again))
+    assert not torch.equal(parameters(first), parameters(other))
+
+
+def test_fit_does_not_touch_the_global_generator(digits_task):
+    module = small_network()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit_briefly(module, digits_task.train, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fit_equals_a_loop_written_by_hand(digits_task):
+    optimizer = Optimizer(name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0, schedule="linear", warmup=0.0)
+    trained = fit_briefly(small_network(), digits_task.train, epochs=1, batch_size=100, optimizer=optimizer)
+    module = small_network()
+    order = torch.randperm(len(digits_task.train), generator=torch.Generator().manual_seed(0))
+    steps = len(order) // 100
+    for step in range(steps):
+        images, targets = digits_task.train.__getitems__(order[100 * step : 100 * step + 100].tolist())
+        module.zero_grad()
+        cross_entropy(module(*images), targets).mean().backward()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.sub_(parameter.grad, alpha=0.1 * (1 - step / steps))
+    torch.testing.assert_close(parameters(trained), parameters(module), rtol=0, atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_grows_to_its_peak_and_follows_the_schedule(schedule):
+    optimizer = Optimizer(learning_rate=2.0, schedule=schedule, warmup=0.1)
+    rates = [learning_rate(optimizer, step, 100) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10] == max(rates) == 2.0
+    halfway = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
+    assert rates[55] == pytest.approx(halfway)
+    end = {"cosine": 1 - math.cos(math.pi / 90), "linear": 2 / 90, "constant": 2.0}[schedule]
+    assert rates[99] == pytest.approx(end, rel=1e-6)
+
+
+def test_not_finite_loss_stops_with_step_and_learning_rate(digits_task):
+    with pytest.raises(StageError, match=r"step \d+/\d+, learning rate 1e\+10"):
+        fit_briefly(small_network(), digits_task.train, optimizer=DIVERGING)
+
+
+def test_frozen_model_is_refused(digits_task):
+    with pytest.raises(StageError, match="requires_grad"):
+        fit_briefly(small_network().requires_grad_(False), digits_task.train)
+
+
+def test_empty_split_is_refused():
+    empty = Samples((torch.zeros(0, 1, 8, 8),), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(InputError, match="got 0"):
+        fit_briefly(small_network(), empty)
+
+
+def test_augmentation_of_a_sample_does_not_depend_on_its_batch():
+    together = uniform_numbers(3, 1, [5, 9, 2], 4)
+    alone = uniform_numbers(3, 1, [9], 4)
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(uniform_numbers(3, 2, [9], 4), alone)
+    assert not torch.equal(uniform_numbers(4, 1, [9], 4), alone)
+
+
+def test_augmentation_numbers_are_uniform():
+    numbers = uniform_numbers(0, 0, range(50_000), 2).double()
+    assert 0 <= numbers.min() < 1e-3
+    assert 1 - 1e-3 < numbers.max() < 1
+    # mean 1/2, variance 1/12, no correlation: four standard errors of 50,000 numbers
+    torch.testing.assert_close(numbers.mean(0), torch.full((2,), 0.5, dtype=torch.float64), rtol=0, atol=0.0052)
+    assert numbers.var(0).sub(1 / 12).abs().max() < 0.0014
+    assert torch.corrcoef(numbers.T)[0, 1].abs() < 0.018
+
+
+def test_augmentation_sees_every_training_batch(digits_task):
+    flipped = Augmentation(1, lambda inputs, uniform: (inputs[0] * (uniform < 0.5).float()[:, :, None, None],))
+    plain = fit_briefly(small_network(), digits_task.train)
+    augmented = fit_briefly(small_network(), digits_task.train, augmentation=flipped)
+    assert not torch.equal(parameters(plain), parameters(augmented))
+
+
+def test_map_style_data_set_trains_like_the_same_samples_in_memory(digits_task):
+    class OneByOne(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(digits_task.train)
+
+        def __getitem__(self, index):
+            (image,), target = digits_task.train[index]
+            return image, int(target)
+
+    one_by_one = fit_briefly(small_network(), OneByOne(), epochs=1)
+    in_memory = fit_briefly(small_network(), digits_task.train, epochs=1)
+    assert torch.equal(parameters(one_by_one), parameters(in_memory))
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.conftest import digits_task
+from tests.test_training import fit_briefly, small_network
+task = digits_task.__wrapped__()
+trained = fit_briefly(small_network(), task.train, epochs=2, batch_size=64)
+rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+save_file(trained.state_dict(), Path(sys.argv[1]) / f"rank{rank}.safetensors")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        (tmp_path / name).mkdir()
+        subprocess.run([*command, str(script), str(tmp_path / name)], check=True, env=environment, timeout=240)
+    one = load_file(tmp_path / "one/rank0.safetensors")
+    for rank in (0, 1):
+        other = load_file(tmp_path / f"two/rank{rank}.safetensors")
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6)  # the order of float32 sums differs
