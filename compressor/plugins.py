@@ -1,11 +1,40 @@
-"""From a name in a pipeline file to the object it names; the only use of importlib."""
+"""From a name in a pipeline file to the object it names; the only place that imports by name."""
 
 import importlib
-from collections.abc import Mapping
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Annotated, Any, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from compressor import source_code
+from compressor.errors import CompressorError, HostError, InputError
+from compressor.source_code import CallFault
+from compressor.spelling import did_you_mean
+
+STAGES = "compressor.stages"
+"""The entry-point group in which a package offers stages."""
+
+_NAME = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
+_directory: ContextVar[Path | None] = ContextVar("directory", default=None)
+
+
+def checked_name(name: str) -> str:
+    """Return `name` if it has the form `module:attribute`. Raises ValueError otherwise."""
+    if not _NAME.fullmatch(name):
+        msg = f"must be module:attribute, such as digits:teacher, got {name!r}"
+        raise ValueError(msg)
+    return name
 
 
 class Reference(BaseModel):
@@ -15,9 +44,10 @@ class Reference(BaseModel):
     path; `config` has made it absolute.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
-    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    factory: Annotated[str, AfterValidator(checked_name)] = Field(json_schema_extra={"pattern": _NAME.pattern})
+    """The callable as `module:attribute`: a module beside the pipeline file, or an installed one."""
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -33,8 +63,38 @@ class Reference(BaseModel):
         return Reference(factory=self.factory, **kept)
 
     def call(self) -> Any:
-        """Import the callable and call it with the arguments."""
-        return load(self.factory)(**self.arguments)
+        """Import the callable and call it with the arguments.
+
+        Raises InputError if it cannot be imported, does not take the arguments, or raises an error itself; HostError
+        if it needs a package that is not installed.
+        """
+        called = load(self.factory)
+        if not callable(called):
+            msg = f"{self.factory} must be callable, got {type(called).__name__}"
+            raise InputError(msg)
+        with suppress(ValueError):  # a callable written in C may have no signature to compare with
+            signature = inspect.signature(called)
+            try:
+                signature.bind(**self.arguments)
+            except TypeError as error:
+                msg = f"{self.factory}{signature} does not fit the arguments {dict(self.arguments)!r}: {error}"
+                raise InputError(msg) from error
+        with _user_code(self.factory, self.factory.partition(":")[0]):
+            return called(**self.arguments)
+
+
+@final
+@dataclass(frozen=True)
+class StageListing:
+    """A stage that a pipeline file may name, as its source describes it."""
+
+    name: str
+    target: str
+    """The class as `module:attribute`."""
+    origin: str
+    """The package that offers it, with its version."""
+    summary: str
+    """First line of the class's docstring; empty if its source is not found."""
 
 
 def is_path(argument: str) -> bool:
@@ -42,10 +102,174 @@ def is_path(argument: str) -> bool:
     return argument.endswith(("_dir", "_file", "_path"))
 
 
+@contextmanager
+def beside(directory: Path) -> Iterator[None]:
+    """Look modules up in `directory` first, as `python directory/script.py` does, until the block is left.
+
+    Modules loaded from there are then forgotten, so that two pipelines in one process may name different modules
+    alike. Within a block for the same directory this does nothing.
+    """
+    directory = Path(os.path.realpath(directory))
+    if _directory.get() == directory:
+        yield
+        return
+    loaded_before = set(sys.modules)
+    entry = str(directory)
+    sys.path.insert(0, entry)
+    importlib.invalidate_caches()
+    token = _directory.set(directory)
+    try:
+        yield
+    finally:
+        _directory.reset(token)
+        with suppress(ValueError):
+            sys.path.remove(entry)
+        _forget(directory, loaded_before)
+
+
 def load(name: str) -> Any:
-    """Import the object named `module:attribute`."""
-    module, _, attribute = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        found = getattr(found, part)
+    """Import the object named `module:attribute`.
+
+    Raises InputError if there is no such module or attribute, or if importing it raises an error; HostError if it
+    needs a package that is not installed.
+    """
+    module_name, _, attribute = name.partition(":")
+    _refuse_foreign(module_name)
+    with _user_code(f"importing {module_name}", module_name):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and f"{module_name}.".startswith(f"{error.name}."):
+                raise InputError(_no_module(module_name)) from error
+            raise
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                msg = f"{name} must exist, but {module_name} has no {part!r}{did_you_mean(part, dir(found))}"
+                raise InputError(msg)
+            found = getattr(found, part)
     return found
+
+
+def source_files(name: str) -> tuple[Path, ...]:
+    """Files whose bytes decide what `module:attribute` does, found without importing it, in order of module name.
+
+    For a module beside the pipeline file: its own and every module beside it that it imports, however indirectly. For
+    an installed module: its own. Raises InputError if there is no such module.
+    """
+    module, _, _ = name.partition(":")
+    if source_code.find(module) is None:
+        raise InputError(_no_module(module))
+    return _files(module)
+
+
+def call_faults(reference: Reference) -> tuple[CallFault, ...]:
+    """List what is wrong with calling `reference`, as far as the source shows it; nothing is imported."""
+    module, _, attribute = reference.factory.partition(":")
+    if source_code.find(module) is None:
+        return (CallFault(_no_module(module)),)
+    return source_code.call_faults(module, attribute, list(reference.arguments))
+
+
+def stage_names() -> Mapping[str, str]:
+    """Map the name of each installed stage to its class, `module:attribute`. Raises HostError if two share a name."""
+    return {name: entry.value for name, entry in _stage_entries().items()}
+
+
+def describe_stages() -> tuple[StageListing, ...]:
+    """Describe the installed stages in order of name, from their source alone: nothing is imported."""
+    return tuple(
+        StageListing(
+            name=name,
+            target=entry.value,
+            origin=f"{entry.dist.name} {entry.dist.version}" if entry.dist else "",
+            summary=source_code.summary(entry.module, entry.attr),
+        )
+        for name, entry in sorted(_stage_entries().items())
+    )
+
+
+def _stage_entries() -> dict[str, EntryPoint]:
+    entries: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=STAGES):
+        other = entries.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            msg = f"two packages offer a stage {entry.name!r}: {other.value} and {entry.value}; uninstall one of them"
+            raise HostError(msg)
+    return entries
+
+
+def _no_module(module: str) -> str:
+    directory = _directory.get()
+    names = [file.stem for file in directory.glob("*.py")] if directory else []
+    hint = did_you_mean(module, names)
+    return f"there is no module {module!r} in {directory or 'the current directory'} or among the installed ones{hint}"
+
+
+def _local_modules(module: str) -> Mapping[str, Path]:
+    directory = _directory.get()
+    return source_code.local_modules(module, directory) if directory else {}
+
+
+def _files(module: str) -> tuple[Path, ...]:
+    own = source_code.source_file(module)
+    return tuple(file for _, file in sorted(_local_modules(module).items())) or ((own,) if own else ())
+
+
+def _refuse_foreign(module: str) -> None:
+    """Raise InputError if a module that lies beside the pipeline file was already imported from elsewhere."""
+    for name, file in _local_modules(module).items():
+        loaded = sys.modules.get(name)
+        if loaded is not None and _file(loaded) != os.path.realpath(file):
+            msg = (
+                f"{name} must be {file}, but a module of that name is already imported from {_file(loaded)}; rename it"
+            )
+            raise InputError(msg)
+
+
+def _forget(directory: Path, loaded_before: set[str]) -> None:
+    """Remove the modules that lie in `directory` from the imported ones, except those of `loaded_before`."""
+    tops = {name.partition(".")[0] for name in set(sys.modules) - loaded_before} - loaded_before
+    local = {name for name in tops if _lies_in(sys.modules.get(name), directory)}
+    for name in [name for name in sys.modules if name.partition(".")[0] in local]:
+        del sys.modules[name]
+
+
+def _lies_in(module: ModuleType | None, directory: Path) -> bool:
+    if module is None:
+        return False
+    places = list(getattr(module, "__path__", [])) or [getattr(module, "__file__", None)]
+    return any(Path(place).parent == directory for place in places if place)
+
+
+def _file(module: ModuleType) -> str | None:
+    file = getattr(module, "__file__", None)
+    return os.path.realpath(file) if file else None
+
+
+@contextmanager
+def _user_code(what: str, module: str) -> Iterator[None]:
+    """Turn whatever the code of `module` raises into an InputError that says where, a missing package into a HostError.
+
+    Our own errors pass.
+    """
+    try:
+        yield
+    except (CompressorError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            msg = f"{what} needs the module {error.name!r}, which must be installed where compressor is, but is not"
+            raise HostError(msg) from error
+        description = f"{type(error).__name__}: {error}".removesuffix(": ")
+        msg = f"{what} raised {description} ({_line(error, module)})"
+        raise InputError(msg) from error
+
+
+def _line(error: BaseException, module: str) -> str:
+    """The last line of the user's own files that `error` came through, as `file:line`."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    own = set(map(str, _files(module)))
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if frame.filename in own), frames[-1])
+    return f"{frame.filename}:{frame.lineno}"
