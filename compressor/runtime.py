@@ -7,8 +7,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressor.errors import InputError
 
-# ONNX Runtime's errors share no base class but Exception.
-_LOAD_ERRORS = (
+ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -17,6 +16,7 @@ _LOAD_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+"""What ONNX Runtime raises for a model or inputs at fault: classes that share no base but Exception."""
 
 
 def open_session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
@@ -30,6 +30,6 @@ def open_session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3  # errors only: the CPU provider warns about graphs that it runs correctly
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _LOAD_ERRORS as error:
+    except ERRORS as error:
         msg = f"{path} must be a model that ONNX Runtime can run: {error}"
         raise InputError(msg) from error

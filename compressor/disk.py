@@ -1,0 +1,101 @@
+"""Writes that survive a kill or a power loss, and errors of the disk in words."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from compressor.errors import HostError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose a directory that can be written",
+    errno.EACCES: "choose a directory that this user may read and write",
+    errno.EPERM: "choose a directory that this user may read and write",
+    errno.EIO: "check the disk",
+    errno.ENOSYS: "choose a file system with file locks",
+    errno.ENOLCK: "choose a file system with file locks",
+}
+"""What the user can do about each error number that means that the machine is at fault."""
+
+_FULL_BELOW_BYTES = 1 << 20
+"""A disk with less room than this counts as full: torch buffers, so its failed write leaves some room."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that the old content or the new is there, whole, whenever the process is killed.
+
+    Raises HostError if the machine is at fault. One process at a time may write to a path.
+    """
+    content = text.encode()
+    part = path.with_name(f".{path.name}.part")
+    with host_errors(path, needed_bytes=len(content)):
+        part.unlink(missing_ok=True)  # of a killed process, or a link that someone planted
+        try:
+            with part.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def host_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn an error that the machine is at fault for, while files at `path` are used, into a HostError.
+
+    The error number decides. safetensors puts it into its message; torch gives none, so then a full disk decides.
+    Every other error passes unchanged.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free_bytes = _free_bytes(path)
+        number = _error_number(error)
+        if number is None and free_bytes < _FULL_BELOW_BYTES:
+            number = errno.ENOSPC
+        if number not in _REMEDIES:
+            raise
+        place = getattr(error, "filename", None) or path
+        room = f"{free_bytes:,} bytes are free" + ("" if needed_bytes is None else f", {needed_bytes:,} are needed")
+        msg = f"{place} must be readable and writable: {error}; {room}; {_REMEDIES[number]} and run again"
+        raise HostError(msg) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents so that they are there after a power loss."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Bring to the disk which names a directory holds."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # how Rust, which safetensors is written in, shows it
+    return int(found[1]) if found else None
+
+
+def _free_bytes(path: Path) -> int:
+    # Path.exists raises for a directory that may not be searched
+    existing = next(parent for parent in (path, *path.absolute().parents) if os.path.exists(parent))  # noqa: PTH110
+    return shutil.disk_usage(existing).free

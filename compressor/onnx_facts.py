@@ -1,0 +1,142 @@
+"""Size, parameters and MACs of an ONNX file; knows no torch."""
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+from onnx.checker import ValidationError, check_model
+from onnx.numpy_helper import to_array
+
+from compressor.errors import InputError
+from compressor.onnx_macs import Array, Shape, count_macs
+from compressor.onnx_reading import attribute, external_files, graphs, load_graph, stored_tensors
+
+_FLOATS = {
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E5M2,
+}
+_NARROW_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4}
+_SETTINGS = {"QuantizeLinear": {1, 2}, "DequantizeLinear": {1, 2}, "Resize": {1, 2, 3}, "Upsample": {1}}
+"""Positions of inputs that say how a node works, such as scales and zero points."""
+_LAYERS = {
+    "BatchNormalization",
+    "Conv",
+    "ConvTranspose",
+    "GRU",
+    "Gemm",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LSTM",
+    "LayerNormalization",
+    "MatMul",
+    "PRelu",
+    "RNN",
+}
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What can be read off an ONNX file without running it."""
+
+    size_bytes: int
+    """The file with its external data."""
+    transfer_bytes: int
+    """The same files after gzip at level 9."""
+    parameters: int
+    nonzero: int
+    macs: int
+
+
+def read_facts(path: Path, inputs: Sequence[Array]) -> OnnxFacts:
+    """Read the facts of an ONNX file; MACs are for `inputs`, in the order of the graph: one sample, as a batch of one.
+
+    The file is not trusted: external data is read from regular files beside it only. Raises InputError if it is not
+    such a model or its MACs cannot be counted.
+    """
+    try:
+        model = load_graph(path)
+        files = (path, *external_files(model, path.parent))
+        check_model(path)  # also refuses external data that is a link or no regular file
+        parameters, nonzero = count_parameters(model, path.parent)
+        return OnnxFacts(
+            size_bytes=sum(file.stat().st_size for file in files),
+            transfer_bytes=sum(map(gzip_bytes, files)),
+            parameters=parameters,
+            nonzero=nonzero,
+            macs=count_macs(model, inputs, path.parent),
+        )
+    except (OSError, ValidationError, ValueError) as error:
+        msg = f"{path} must be a complete ONNX model of countable operators: {error}"
+        raise InputError(msg) from error
+
+
+def gzip_bytes(file: Path) -> int:
+    """Size of the file after gzip at level 9, without file name and time."""
+    compressor = zlib.compressobj(level=9, wbits=16 + zlib.MAX_WBITS)
+    with file.open("rb") as stream:
+        size = sum(len(compressor.compress(chunk)) for chunk in iter(lambda: stream.read(1 << 20), b""))
+    return size + len(compressor.flush())
+
+
+def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
+    """Number of stored weights, and of those that are not zero; external data is read from `directory`.
+
+    Weights are floating-point tensors and dequantized or 8-bit integers, kept as initializers or in Constant nodes,
+    each counted once however often it is used. Scales and zero points are no weights, nor is a single number unless a
+    layer takes it as its weight or bias: exporters store the literals of a formula so. A quantized weight is zero
+    where it equals its zero point.
+    """
+    nodes = [node for graph in graphs(model) for node in graph.node]
+    uses: dict[str, set[tuple[str, int]]] = {}
+    for node in nodes:
+        for position, name in enumerate(node.input):
+            uses.setdefault(name, set()).add((node.op_type, position))
+    dequantizers = {node.input[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    stored = stored_tensors(model)
+    parameters = nonzero = 0
+    for name, tensor in stored.items():
+        if not _is_weight(tensor, uses.get(name, set())):
+            continue
+        weights = to_array(tensor, str(directory))
+        parameters += weights.size
+        if name in dequantizers:
+            zero_point = _zero_point(dequantizers[name], weights.shape, stored, directory)
+            nonzero += int(np.count_nonzero(weights.astype(np.float32) != zero_point))
+        else:
+            nonzero += int(np.count_nonzero(weights))
+    return parameters, nonzero
+
+
+def _is_weight(tensor: TensorProto, uses: Iterable[tuple[str, int]]) -> bool:
+    if any(position in _SETTINGS.get(operator, ()) for operator, position in uses):
+        return False
+    if ("DequantizeLinear", 0) in uses:
+        return True
+    if tensor.data_type in _FLOATS:
+        return math.prod(tensor.dims) > 1 or any(operator in _LAYERS for operator, _ in uses)
+    return tensor.data_type in _NARROW_INTEGERS
+
+
+def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, TensorProto], directory: Path) -> Array:
+    """Zero point of a weight, in a shape that broadcasts to the weight's."""
+    if len(dequantizer.input) < 3 or not dequantizer.input[2]:
+        return np.zeros((), np.float32)
+    if dequantizer.input[2] not in stored:
+        msg = f"the zero point of weight {dequantizer.input[0]!r} must be a constant"
+        raise ValueError(msg)
+    zero_point = to_array(stored[dequantizer.input[2]], str(directory)).astype(np.float32)
+    axis = attribute(dequantizer, "axis", 1)
+    if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
+        block_size = attribute(dequantizer, "block_size", 1)
+        return np.repeat(zero_point, block_size, axis).take(range(shape[axis]), axis)
+    if zero_point.ndim == 1 and zero_point.size > 1:
+        return zero_point.reshape([-1 if dimension == axis % len(shape) else 1 for dimension in range(len(shape))])
+    return zero_point.reshape(())
