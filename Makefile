@@ -31,5 +31,14 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.examples
 
+# The committed numbers. MNIST is a directory with train.npz and test.npz.
+MNIST ?= ../shared/data/mnist
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/headline.py pipelines/digits.yaml
+	$(BIN)/python benchmarks/startup.py runs/digits pipelines/digits.yaml
+	$(BIN)/python benchmarks/headline.py pipelines/mnist.yaml --set task.data_dir=$(MNIST)
+
 clean:
 	rm -rf $(VENV) runs

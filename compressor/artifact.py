@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError
 from compressor.plugins import Reference
-from compressor.runtime import open_session
+from compressor.runtime import ERRORS, open_session
 from compressor.task import Inputs
 
 
@@ -155,10 +155,14 @@ class OnnxModel:
         return open_session(self.path, threads=0)
 
     def predict(self, inputs: Inputs) -> Tensor:
-        """Outputs under ONNX Runtime on the CPU, all cores. Raises InputError if the file cannot be run."""
+        """Outputs under ONNX Runtime on the CPU, all cores. Raises InputError if the file or `inputs` cannot be run."""
         names = [node.name for node in self._session.get_inputs()]
         feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return torch.from_numpy(self._session.run(None, feeds)[0])
+        try:
+            return torch.from_numpy(self._session.run(None, feeds)[0])
+        except ERRORS as error:
+            msg = f"{self.path} must run on inputs of shape {[tuple(tensor.shape) for tensor in inputs]}: {error}"
+            raise InputError(msg) from error
 
     def save(self, directory: Path) -> None:
         """Copy the files into an existing directory: a link would make ONNX refuse external data."""

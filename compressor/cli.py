@@ -1,0 +1,159 @@
+"""The `compress` command: the only file that prints, and that turns what happened into an exit code."""
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from compressor.errors import CompressorError
+from compressor.report.gate import exit_code
+from compressor.report.json import read_report, to_json
+from compressor.report.table import to_table
+
+# ruff: noqa: PLC0415  # `--help`, `stages` and `report` answer without torch: a command imports what it needs
+
+_OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one setting.")
+_RUNS = click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where run directories lie; this run's is named after its pipeline.",
+)
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+_DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end; what is stored stays, and the same command goes on from there."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="compressor", prog_name="compress")
+def compress() -> None:
+    """Turn a large neural network into a small, fast one that runs on an edge device, and prove it."""
+
+
+@compress.command()
+@_FILE
+@_OVERRIDES
+@_RUNS
+@_DEVICE
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_json: bool) -> int:
+    """Run a pipeline FILE; stages whose result is stored are not run again.
+
+    Ends with the path of the report. Exit codes: 0 done and gates met, 2 pipeline file, 3 gate unmet, 4 gate
+    undecidable, 5 user's code or data, 6 stage, 7 machine, 8 directory in use, 130/143 interrupted.
+    """
+    import torch
+
+    from compressor.config import load
+    from compressor.pipeline import run as run_pipeline
+    from compressor.plugins import beside
+
+    with beside(file.parent):
+        pipeline = load(file, overrides)
+        directory = runs / pipeline.name
+        found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
+    if as_json:
+        click.echo(to_json(found))
+    else:
+        click.echo(to_table(found))
+        click.echo(f"\n{directory / Path(found.rows[-1].model_file).name}\n{directory / 'report.json'}")
+    return exit_code(found.verdicts)
+
+
+@compress.command()
+@_FILE
+@_OVERRIDES
+@_RUNS
+@_DEVICE
+def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> int:
+    """Validate a pipeline FILE and print what a run would do; the user's code is not imported."""
+    from compressor.config import load
+    from compressor.plan import forecast
+    from compressor.plugins import beside
+    from compressor.store import Store
+
+    with beside(file.parent):
+        pipeline = load(file, overrides)
+        steps = forecast(pipeline, Store(runs / pipeline.name), device=_device(device))
+    width = max(len(step.name) for step in steps)
+    for step in steps:
+        click.echo(f"{step.name:{width}}  {'stored' if step.reused else 'to run: ' + '; '.join(step.reasons)}")
+    return 0
+
+
+@compress.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+def report(directory: Path, *, as_json: bool) -> int:
+    """Print the report of a run DIRECTORY again."""
+    found = read_report(directory / "report.json")
+    click.echo(to_json(found) if as_json else to_table(found))
+    return 0
+
+
+@compress.command()
+def stages() -> int:
+    """List the stages that a pipeline file may name."""
+    from compressor.plugins import describe_stages
+
+    listings = describe_stages()
+    width = max(len(listing.name) for listing in listings)
+    for listing in listings:
+        click.echo(f"{listing.name:{width}}  {listing.summary}  [{listing.origin}]")
+    return 0
+
+
+@compress.command()
+def schema() -> int:
+    """Print the JSON Schema of pipeline files, for editors."""
+    from compressor.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def main() -> NoReturn:
+    """Run the command line; end the process with the exit code of what happened."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("compressor").setLevel(logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        code = compress.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except CompressorError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except Interrupted as interruption:
+        click.echo("interrupted; the same command goes on from the last stored stage", err=True)
+        code = interruption.exit_code
+    sys.exit(code)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _device(choice: str) -> str:
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        msg = "--device cuda needs a GPU that torch can use, found none"
+        raise click.UsageError(msg)
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return choice

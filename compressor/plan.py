@@ -1,0 +1,153 @@
+"""What a run will do: one content key per step, over everything that changes its model, and what the store holds."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compressor.config import Pipeline
+from compressor.plugins import Reference, is_path, source_files, stage_names
+from compressor.stage import Stage
+from compressor.store import Store, content_key, differences
+from compressor.task import Task, fingerprint
+
+LIBRARIES = (
+    "compressor",
+    "accelerate",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch",
+    "torch-pruning",
+    "torchao",
+)
+BASELINE = "baseline"
+"""Name of the step that gives a model which comes with its weights."""
+LAST_RUN = "last_run"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model to obtain: by a stage from the model before it or, without a stage, from the model's factory."""
+
+    name: str
+    stage: Stage[Any, Any] | None
+    key: str
+    parts: Mapping[str, Any]
+    """What the key is a hash of."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Whether a run would take a step from the store; `reasons` says why not."""
+
+    name: str
+    reused: bool
+    reasons: tuple[str, ...]
+
+
+def forecast(pipeline: Pipeline, store: Store, *, device: str) -> tuple[Forecast, ...]:
+    """Say for each step whether a run would reuse it, if the data is what the last run in this directory saw.
+
+    Neither the user's code nor data is touched: the last run noted the fingerprints of its data.
+    """
+    last = store.recall(LAST_RUN)
+    if last is None:
+        return tuple(
+            Forecast(step.name, False, ("no earlier run",)) for step in steps(pipeline, data={}, device=device)
+        )
+    forecasts = []
+    for position, step in enumerate(steps(pipeline, data=last["data"], device=device)):
+        if store.peek(step.key) is not None:
+            forecasts.append(Forecast(step.name, True, ()))
+        elif position < len(last["parts"]):
+            reasons = differences(last["parts"][position], step.parts)
+            forecasts.append(Forecast(step.name, False, reasons or ("its result is not in the store",)))
+        else:
+            forecasts.append(Forecast(step.name, False, ("not in the last run",)))
+    return tuple(forecasts)
+
+
+def remember(store: Store, data: Mapping[str, str], chain: Sequence[Step]) -> None:
+    """Note what a run is about to do, for the forecast of the next."""
+    store.remember(LAST_RUN, {"data": dict(data), "parts": [dict(step.parts) for step in chain]})
+
+
+def data_fingerprints(task: Task) -> dict[str, str]:
+    """Fingerprint of each split by name."""
+    splits = {name: getattr(task, name) for name in ("train", "validation", "test", "calibration", "unlabeled")}
+    return {name: fingerprint(split) for name, split in splits.items() if split is not None}
+
+
+def steps(pipeline: Pipeline, *, data: Mapping[str, str], device: str) -> tuple[Step, ...]:
+    """List the steps of a pipeline in order; the first gives the baseline.
+
+    `data` are the fingerprints of the splits: they stand for the paths that the task reads. User code is hashed from
+    its files and never imported.
+    """
+    shared = {
+        "seed": pipeline.seed,
+        "device": device,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "task": _reference_parts(pipeline.task, with_paths=False),
+        "data": dict(data),
+    }
+    before: dict[str, Any] = {"model": _reference_parts(pipeline.model)}
+    chain: list[Step] = []
+    if not pipeline.stages[0].stage.makes_baseline:
+        parts = {"stage": BASELINE, **before, **shared}
+        chain.append(Step(BASELINE, None, content_key(parts), parts))
+    for planned in pipeline.stages:
+        if chain:
+            before = {"input": chain[-1].key}
+        parts = {"stage": planned.name, **_stage_parts(planned.name, planned.stage), **before, **shared}
+        chain.append(Step(planned.name, planned.stage, content_key(parts), parts))
+    return tuple(chain)
+
+
+def _stage_parts(name: str, stage: Stage[Any, Any]) -> dict[str, Any]:
+    target = name if ":" in name else stage_names()[name]
+    return {"version": type(stage).version, "settings": _settings(stage), "code": _code(target)}
+
+
+def _settings(stage: Stage[Any, Any]) -> dict[str, Any]:
+    def content(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if "factory" in value:
+                return _reference_parts(Reference.model_validate(value))
+            return {name: content(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [content(part) for part in value]
+        return value
+
+    settings: dict[str, Any] = content(stage.model_dump(mode="json"))
+    return settings
+
+
+def _reference_parts(reference: Reference, *, with_paths: bool = True) -> dict[str, Any]:
+    extra = reference.model_extra or {}
+    parts = {
+        "factory": reference.factory,
+        "arguments": {name: value for name, value in extra.items() if not is_path(name)},
+        "code": _code(reference.factory),
+    }
+    if with_paths:
+        parts["files"] = {name: _tree_hash(path) for name, path in reference.arguments.items() if is_path(name)}
+    return parts
+
+
+def _code(name: str) -> list[str]:
+    return [_file_hash(file) for file in source_files(name)]
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tree_hash(path: Path) -> dict[str, str]:
+    files: Iterator[Path] = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter([path])
+    return {str(file.relative_to(path.parent)): _file_hash(file) for file in sorted(files)}

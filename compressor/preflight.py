@@ -1,0 +1,93 @@
+"""Refuse a task or a model that cannot work, before any time is spent on it."""
+
+from torch import Tensor
+
+from compressor.artifact import TorchModel
+from compressor.errors import InputError
+from compressor.plugins import Reference
+from compressor.task import Inputs, Task, batches
+
+_SPLITS = ("train", "validation", "test", "calibration", "unlabeled")
+
+
+def check_task(task: object) -> Task:
+    """Return `task` if its splits have samples that fit its example inputs.
+
+    Raises InputError naming the split and what differs.
+    """
+    if not isinstance(task, Task):
+        msg = f"the task factory must return a compressor.Task, got {type(task).__name__}"
+        raise InputError(msg)
+    if any(len(tensor) < 2 for tensor in task.example_inputs):
+        msg = "example_inputs must have a batch of at least 2: the exporter takes a 1 for a constant"
+        raise InputError(msg)
+    if not task.metrics:
+        msg = "metrics must name at least one metric; the first is what gates call accuracy"
+        raise InputError(msg)
+    wanted = _signature(task.example_inputs, task)
+    for name in _SPLITS:
+        split = getattr(task, name)
+        if split is None:
+            continue
+        if len(split) == 0:
+            msg = f"the {name} split must have samples, got 0"
+            raise InputError(msg)
+        found = _signature(next(batches(split, 1)).inputs, task)
+        if found != wanted:
+            msg = f"samples of the {name} split must look like example_inputs, {wanted}, got {found}"
+            raise InputError(msg)
+    return task
+
+
+def _signature(inputs: Inputs, task: Task) -> list[str]:
+    """Type and sizes of each input, the dimensions that may change left open."""
+    open_axes = task.dynamic_axes or ({0: "batch"},) * len(inputs)
+    return [
+        f"{tensor.dtype} {tuple('*' if axis in axes else size for axis, size in enumerate(tensor.shape))}"
+        for tensor, axes in zip(inputs, open_axes, strict=True)
+    ]
+
+
+def check_model(model: TorchModel, task: Task) -> None:
+    """Try the model, the loss and the metrics on two training samples.
+
+    Raises InputError if the model does not run, or its outputs fit neither loss nor metrics.
+    """
+    outputs = _outputs(model, task)
+    batch = next(batches(task.train, 2))
+    try:
+        outputs = model.predict(batch.inputs)
+        losses = task.loss(outputs, batch.targets)
+        for metric in task.metrics:
+            metric.value(metric.statistics(outputs, batch.targets))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        msg = (
+            f"loss and metrics must accept outputs {tuple(outputs.shape)} and targets of the train split, but: {error}"
+        )
+        raise InputError(msg) from error
+    if losses.shape[:1] != outputs.shape[:1]:
+        msg = f"loss must return one value per sample, ({len(outputs)}, …), got {tuple(losses.shape)}; reduce nothing"
+        raise InputError(msg)
+
+
+def check_reference(reference: Reference, like: TorchModel, task: Task, *, seed: int) -> None:
+    """Call a factory that a stage will call later; a model among them must give outputs shaped as `like` gives.
+
+    Raises InputError.
+    """
+    found, wanted = (tuple(_outputs(model, task).shape) for model in (TorchModel.build(reference, seed=seed), like))
+    if found != wanted:
+        msg = f"{reference.factory} must give outputs of the baseline's shape, {wanted}, got {found}"
+        raise InputError(msg)
+
+
+def _outputs(model: TorchModel, task: Task) -> Tensor:
+    try:
+        outputs: object = model.predict(task.example_inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        msg = f"{model.factory.factory} must run on example_inputs, but: {type(error).__name__}: {error}"
+        raise InputError(msg) from error
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != task.example_inputs[0].shape[:1]:
+        msg = f"{model.factory.factory} must return one tensor with a row per sample, got {type(outputs).__name__}"
+        raise InputError(msg)
+    return outputs

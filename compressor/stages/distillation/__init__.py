@@ -1,1 +1,0 @@
-"""A small student learns from a large teacher."""

@@ -1,0 +1,161 @@
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.artifact import OnnxModel, TorchModel
+from compressor.plugins import Reference
+from compressor.stage import Stage, StageContext
+from compressor.stages.distillation import Distillation
+from compressor.stages.onnx_export import OnnxExport
+from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.stages.training import Training
+from compressor.task import Task
+from compressor.testing import check_stage
+
+PLAIN = Reference(factory="networks:PlainNetwork")
+
+PACKAGE = '''
+"""A stage of somebody else."""
+
+import copy
+from typing import final
+
+import torch
+from pydantic import Field
+
+from compressor import Stage, StageContext, Task, TorchModel
+
+
+@final
+class Rounding(Stage[TorchModel, TorchModel]):
+    """Round every parameter to a grid."""
+
+    step: float = Field(gt=0)
+
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        rounded = copy.deepcopy(model.module)
+        with torch.no_grad():
+            for parameter in rounded.parameters():
+                parameter.copy_((parameter / self.step).round() * self.step)
+        return model.with_module(rounded)
+'''
+
+USE = """
+from compressor.artifact import TorchModel
+from compressor.plugins import Reference
+from compressor.testing import check_stage
+from rounding_stage import Rounding
+from conftest import digits_task
+model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
+check_stage(Rounding(step=0.5), model, digits_task.__wrapped__())
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A directory into which pip installed a package that offers a stage."""
+    directory = tmp_path_factory.mktemp("third_party")
+    wheel = directory / "rounding_stage-1.0-py3-none-any.whl"
+    files = {
+        "rounding_stage.py": PACKAGE,
+        "rounding_stage-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: rounding-stage\nVersion: 1.0\n",
+        "rounding_stage-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "rounding_stage-1.0.dist-info/entry_points.txt": "[compressor.stages]\nrounding = rounding_stage:Rounding\n",
+        "rounding_stage-1.0.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    target = directory / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, "--disable-pip-version-check"], check=True)
+    return target
+
+
+def python(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(Path(__file__).parent)])}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_installed_stage_is_listed_and_accepted_in_a_pipeline(site, tmp_path):
+    assert "Round every parameter to a grid." in python(site, "-m", "compressor", "stages").stdout
+    pipeline = "name: a\nmodel: {factory: networks:PlainNetwork}\ntask: {factory: networks:not_a_module}\nstages:\n"
+    (tmp_path / "good.yaml").write_text(pipeline + "  - {stage: rounding, step: 0.1}\n")
+    (tmp_path / "bad.yaml").write_text(pipeline + "  - {stage: rounding, stp: 0.1}\n")
+    good, bad = (
+        python(site, "-m", "compressor", "check", tmp_path / name, "--runs", tmp_path)
+        for name in ("good.yaml", "bad.yaml")
+    )
+    assert good.returncode == 0, good.stderr
+    assert bad.returncode == 2
+    assert "did you mean 'step'?" in bad.stderr
+
+
+def test_installed_stage_keeps_the_contract(site, tmp_path):
+    (tmp_path / "use.py").write_text(USE)
+    used = python(site, tmp_path / "use.py")
+    assert used.returncode == 0, used.stderr
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(Training(epochs=1), id="training"),
+        pytest.param(Distillation(student=PLAIN, epochs=1), id="distillation"),
+        pytest.param(Int8Ptq(calibration_samples=64), id="int8_ptq"),
+        pytest.param(OnnxExport(), id="onnx_export"),
+    ],
+)
+def test_built_in_stage_keeps_the_contract(stage, digits_task):
+    check_stage(stage, TorchModel.build(PLAIN, seed=0), digits_task)
+
+
+class ChangesItsInput(Stage[TorchModel, TorchModel]):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        nn.init.zeros_(model.module.fc2.weight)
+        return model
+
+
+class DiffersEachTime(Stage[TorchModel, TorchModel]):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        changed = TorchModel.build(PLAIN, seed=0).module
+        nn.init.constant_(changed.fc2.bias, torch.rand(()).item())
+        return model.with_module(changed)
+
+
+class GivesAnotherType(Stage[TorchModel, OnnxModel]):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
+        return model
+
+
+class ForgetsItsEdits(Stage[TorchModel, TorchModel]):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        changed = TorchModel.build(PLAIN, seed=1).module
+        changed.fc1 = nn.Linear(512, 32)
+        changed.fc2 = nn.Linear(32, 10)
+        for layer in (changed.fc1, changed.fc2):
+            nn.init.ones_(layer.weight)
+            nn.init.ones_(layer.bias)
+        return model.with_module(changed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "promise"),
+    [
+        pytest.param(ChangesItsInput(), "input model must not change", id="input"),
+        pytest.param(DiffersEachTime(), "same seed must give the same model", id="seed"),
+        pytest.param(GivesAnotherType(), "apply must return", id="type"),
+        pytest.param(ForgetsItsEdits(), "must load in a fresh process", id="reload"),
+    ],
+)
+def test_broken_promise_is_named(stage, promise, digits_task):
+    with pytest.raises(AssertionError, match=promise):
+        check_stage(stage, TorchModel.build(PLAIN, seed=0), digits_task)
