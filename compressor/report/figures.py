@@ -1,0 +1,63 @@
+"""How the numbers and names of a report are written for people."""
+
+import unicodedata
+
+from compressor.report.records import Latency, MetricInfo
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with ? for each character that a terminal would obey: control, escape, text direction."""
+    return "".join("?" if unicodedata.category(character)[0] == "C" else character for character in text)
+
+
+def size(size_bytes: int) -> str:
+    """Bytes to three digits, 1 kB = 1000 B."""
+    number = float(f"{size_bytes:.3g}")  # rounded first: 999,999 B are 1.00 MB
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= factor:
+            return f"{_three_digits(number / factor)} {unit}"
+    return f"{size_bytes} B"
+
+
+def times(ratio: float, more: str, less: str) -> str:
+    """A ratio in words, such as `4.82x faster` for 4.82 and `1.30x slower` for 0.769."""
+    return f"{_factor(ratio)}x {more}" if ratio >= 1 else f"{_factor(1 / ratio)}x {less}"
+
+
+def speed(latency: Latency) -> str:
+    """How a model compares with the baseline, such as `4.82x faster [4.78, 4.87]`."""
+    low, high = latency.ratio_low, latency.ratio_high
+    if low <= 1 <= high:
+        return f"no difference [{_factor(low)}, {_factor(high)}]"
+    low, high = (low, high) if low > 1 else (1 / high, 1 / low)
+    return f"{times(latency.ratio, 'faster', 'slower')} [{_factor(low)}, {_factor(high)}]"
+
+
+def milliseconds(latency_ms: float) -> str:
+    """A time to three digits."""
+    return f"{_three_digits(latency_ms)} ms"
+
+
+def value(metric: MetricInfo, found: float) -> str:
+    """The value of a metric with its unit; shares as percentages."""
+    if metric.unit == "%":
+        return f"{100 * found:.2f} %"
+    return f"{found:.4g} {printable(metric.unit)}".rstrip()
+
+
+def change(metric: MetricInfo, before: float, after: float) -> str:
+    """The change of a metric with its sign; shares in percentage points."""
+    if metric.unit == "%":
+        return f"{100 * (after - before):+.2f} points"
+    return f"{after - before:+.3g} {printable(metric.unit)}".rstrip()
+
+
+def _factor(ratio: float) -> str:
+    """Three digits, and a fourth near 1, where it makes the difference."""
+    return f"{ratio:.3f}" if 0.9 < ratio < 1.1 else _three_digits(ratio)
+
+
+def _three_digits(number: float) -> str:
+    """Three significant digits without an exponent, zeros kept: 14.2, 1.70, 1240."""
+    digits, _, exponent = f"{number:.2e}".partition("e")
+    return f"{float(f'{digits}e{exponent}'):.{max(0, 2 - int(exponent))}f}"

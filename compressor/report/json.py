@@ -1,0 +1,45 @@
+"""A report as JSON text, and back."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from compressor.errors import InputError
+from compressor.report.records import Report
+
+
+class _Header(BaseModel):
+    schema_version: Any = None
+
+
+def to_json(report: Report) -> str:
+    """Indented JSON; `read_report` gives an equal report back."""
+    return report.model_dump_json(indent=1) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read a report that `to_json` wrote.
+
+    Raises InputError if the file cannot be read, has another schema version, or is not exactly such a report.
+    """
+    try:
+        text = path.read_bytes()
+        written = _Header.model_validate_json(text).schema_version
+        ours = Report.model_fields["schema_version"].default
+        if written != ours:
+            msg = f"{path} must have schema_version {ours}, got {written!r}; read it with the release that wrote it"
+            raise InputError(msg)
+        return Report.model_validate_json(text, strict=True)
+    except OSError as error:
+        msg = f"{path} must be a readable report: {error.strerror}; `compress run` writes one"
+        raise InputError(msg) from error
+    except ValidationError as error:
+        msg = f"{path} must be a report as `compress run` writes it; run it again. Found:{_faults(error)}"
+        raise InputError(msg) from error
+
+
+def _faults(error: ValidationError, most: int = 5) -> str:
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [f"\n  {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults[:most]]
+    return "".join(lines) + (f"\n  and {len(faults) - most} more" if len(faults) > most else "")

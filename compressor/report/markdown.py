@@ -1,0 +1,81 @@
+"""A report as Markdown, for repositories and reviews."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compressor.report.figures import printable
+from compressor.report.records import Report
+from compressor.report.remarks import headline, remarks, timing
+from compressor.report.table import cells
+
+
+def to_markdown(report: Report) -> str:
+    """Headline, table, remarks, verdicts, how it was measured and how to do it again. Names are escaped throughout."""
+    sections = [
+        f"# {escape(report.pipeline)}\n\n{escape(headline(report))}",
+        _table(cells(report)),
+        _bullets(remarks(report)),
+        _section("Gate", _bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
+        _section("How it was measured", _method(report)),
+        _section("Environment", _bullets(_facts(report.environment))),
+        _section("How to reproduce it", _reproduction(report)),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def escape(text: str) -> str:
+    r"""`text` on one line, as text: no markup, table cell or HTML may begin in it."""
+    harmless = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[|~])", r"\\\1", harmless)
+
+
+def _section(title: str, content: str) -> str:
+    return f"## {title}\n\n{content}" if content else ""
+
+
+def _bullets(texts: Sequence[str]) -> str:
+    return "\n".join(f"- {escape(text)}" for text in texts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(map(escape, row))} |" for row in rows)
+    rule = "|---" + "|--:" * (len(rows[0]) - 1) + "|"
+    return "\n".join([head, rule, *body])
+
+
+def _method(report: Report) -> str:
+    samples = report.rows[-1].measurement.samples
+    return "\n\n".join(
+        [
+            f"Every row was exported to ONNX and measured under ONNX Runtime, on the {samples:,} samples of the test "
+            "split. Sizes are those of the file, with its external data if it has any; 1 kB = 1000 B.",
+            f"{escape(timing(report))} All models took turns in one process, warm, in rounds with sessions opened "
+            "anew; a ratio is the mean over rounds of the median log-ratio, with Student's 95 % interval.",
+        ]
+    )
+
+
+def _facts(environment: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {_fact(found)}" for name, found in environment.items()]
+
+
+def _fact(found: Any) -> str:
+    if isinstance(found, Mapping):
+        return ", ".join(f"{name} {_fact(part)}" for name, part in found.items())
+    if isinstance(found, list | tuple):
+        return ", ".join(map(_fact, found))
+    return "unknown" if found is None else str(found)
+
+
+def _reproduction(report: Report) -> str:
+    overrides = "".join(f" --set {shlex.quote(printable(override))}" for override in report.overrides)
+    settings = json.dumps(
+        report.model_dump(mode="json")["settings"], indent=2
+    )  # JSON is YAML, and no string of it can end the fence
+    return (
+        f"```sh\ncompress run {shlex.quote(printable(report.pipeline))}.yaml{overrides}\n```\n\n"
+        f"The pipeline as it ran, overrides included:\n\n```yaml\n{settings}\n```"
+    )

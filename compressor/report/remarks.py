@@ -1,0 +1,99 @@
+"""What a report says in words: where a stage made its model worse, and how far the numbers can be trusted."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from compressor.report.figures import change, milliseconds, printable, size, speed, times, value
+from compressor.report.records import Latency, LatencySession, MetricInfo, Report, Row
+
+
+def headline(report: Report) -> str:
+    """What came in and what came out, in one line."""
+    first, last = report.rows[0], report.rows[-1]
+    before, after = first.measurement.size_bytes, last.measurement.size_bytes
+    parts = [times(before / after, "smaller", "larger")]
+    if last.latency:
+        parts.append(speed(last.latency).partition(" [")[0].replace("no difference", "no faster"))
+    for metric in report.metrics:
+        start, end = first.measurement.metrics[metric.name], last.measurement.metrics[metric.name]
+        parts.append(f"{printable(metric.name)} {value(metric, start)} to {value(metric, end)}")
+    return f"{size(before)} to {size(after)}: {', '.join(parts)}"
+
+
+def remarks(report: Report) -> tuple[str, ...]:
+    """One sentence for every way in which a row is worse than the row before it, in the order of the rows."""
+    names = Counter(row.stage for row in report.rows)
+    labels = [
+        printable(row.stage) + (f" (row {number})" if names[row.stage] > 1 else "")
+        for number, row in enumerate(report.rows, start=1)
+    ]
+    found: list[str] = []
+    for (before, old), (after, new) in pairwise(zip(report.rows, labels, strict=True)):
+        found += _larger(before, after, old, new)
+        found += _slower(before, after, old, new, report.latency_session)
+        found += _idle_zeros(before, after, old, new)
+        for metric in report.metrics:
+            found += _worse(before, after, old, new, metric)
+    return tuple(found)
+
+
+def timing(report: Report) -> str:
+    """How the latencies were taken and how much of a difference is noise."""
+    session = report.latency_session
+    if session is None:
+        return "Latency was not measured."
+    baseline = report.rows[0].latency
+    return (
+        f"Latency: {_count(session.threads, 'thread')}, batch of {session.batch_size}, {session.rounds} rounds with "
+        f"{session.calls} timed calls of each model in {session.seconds:.0f} s"
+        + (f"; the baseline takes {milliseconds(baseline.p50_ms)}" if baseline else "")
+        + f". Noise floor: the baseline against itself shows {speed(session.noise)}."
+    )
+
+
+def _larger(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
+    small, large = before.measurement.size_bytes, after.measurement.size_bytes
+    if large > small:
+        yield f"{new} is {times(small / large, 'smaller', 'larger')} than {old}: {size(large)} after {size(small)}."
+
+
+def _slower(before: Row, after: Row, old: str, new: str, session: LatencySession | None) -> Iterator[str]:
+    if before.latency is None or after.latency is None or session is None:
+        return
+    surely = before.latency.ratio_low / after.latency.ratio_high
+    if surely > _noise(session.noise):
+        yield f"{new} is {times(after.latency.ratio / before.latency.ratio, 'faster', 'slower')} than {old}."
+
+
+def _noise(latency: Latency) -> float:
+    return max(latency.ratio_high, 1 / latency.ratio_low)
+
+
+def _idle_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
+    was, now = before.measurement, after.measurement
+    if now.parameters != was.parameters or now.nonzero >= was.nonzero or now.size_bytes < 0.99 * was.size_bytes:
+        return
+    share = 100 * (1 - now.nonzero / now.parameters)
+    faster = (
+        before.latency is not None and after.latency is not None and after.latency.ratio_low > before.latency.ratio_high
+    )
+    yield (
+        f"{share:.0f} % of the parameters of {new} are zero, but its file is as large as that of {old}"
+        f"{'' if faster else ' and it is no faster'}: zeros are stored and multiplied like other numbers; "
+        f"they only compress better, to {size(now.transfer_bytes)} after {size(was.transfer_bytes)} (gzip)."
+    )
+
+
+def _worse(before: Row, after: Row, old: str, new: str, metric: MetricInfo) -> Iterator[str]:
+    was, now = before.measurement.metrics[metric.name], after.measurement.metrics[metric.name]
+    if now < was if metric.higher_is_better else now > was:
+        direction = "lower" if metric.higher_is_better else "higher"
+        yield (
+            f"{new} has a {direction} {printable(metric.name)} than {old}: "
+            f"{value(metric, now)} after {value(metric, was)} ({change(metric, was, now)})."
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

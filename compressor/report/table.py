@@ -1,0 +1,49 @@
+"""A report as plain text for a terminal."""
+
+from collections.abc import Sequence
+
+from compressor.report.figures import change, milliseconds, printable, size, speed, value
+from compressor.report.records import Report, Row
+from compressor.report.remarks import remarks, timing
+
+
+def to_table(report: Report) -> str:
+    """Aligned table, remarks and verdicts; ASCII unless a name of the user's is not. Without a final newline."""
+    head, *body = cells(report)
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = [_aligned(row, widths) for row in (head, rule, *body)]
+    notes = [timing(report), *remarks(report)]
+    verdicts = [f"Gate, {verdict.status}: {printable(verdict.message)}" for verdict in report.verdicts]
+    return "\n".join([*lines, "", *notes, *([""] if verdicts else []), *verdicts])
+
+
+def cells(report: Report) -> list[list[str]]:
+    """The texts of the table, headings first: one row per model."""
+    head = ["stage", "size", "transfer (gzip)", "parameters", "latency vs baseline (95 % interval)"]
+    for metric in report.metrics:
+        head += [f"{printable(metric.name)} (test)", "change"]
+    return [head, *(_row_cells(row, report) for row in report.rows)]
+
+
+def _row_cells(row: Row, report: Report) -> list[str]:
+    found, baseline = row.measurement, report.rows[0]
+    texts = [
+        printable(row.stage),
+        size(found.size_bytes),
+        size(found.transfer_bytes),
+        f"{found.parameters:,}",
+        "not measured" if row.latency is None else speed(row.latency),
+    ]
+    if row is baseline and row.latency is not None:
+        texts[-1] = milliseconds(row.latency.p50_ms)
+    for metric in report.metrics:
+        before, after = baseline.measurement.metrics[metric.name], found.metrics[metric.name]
+        texts += [value(metric, after), "" if row is baseline else change(metric, before, after)]
+    return texts
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers = row
+    padded = [name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))]
+    return "  ".join(padded).rstrip()

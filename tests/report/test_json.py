@@ -1,0 +1,67 @@
+import json
+
+import pytest
+from example_report import chain
+
+from compressor.errors import InputError
+from compressor.report.json import read_report, to_json
+
+
+def written(path, **changes):
+    document = json.loads(to_json(chain()))
+    path.write_text(json.dumps({**document, **changes}))
+    return path
+
+
+def test_a_report_that_was_written_is_read_back_equal(tmp_path):
+    (tmp_path / "report.json").write_text(to_json(chain()))
+    assert read_report(tmp_path / "report.json") == chain()
+
+
+def test_a_report_of_another_schema_says_which(tmp_path):
+    path = written(tmp_path / "report.json", schema_version=2, rows="of another kind")
+    with pytest.raises(InputError, match=r"report.json must have schema_version 1, got 2; read it with the release"):
+        read_report(path)
+
+
+def test_an_unknown_key_is_refused_and_named(tmp_path):
+    path = written(tmp_path / "report.json", speed=5)
+    with pytest.raises(InputError, match="speed: Extra inputs are not permitted"):
+        read_report(path)
+
+
+def test_a_value_of_the_wrong_type_is_refused_and_named(tmp_path):
+    document = json.loads(to_json(chain()))
+    document["rows"][1]["measurement"]["size_bytes"] = "58000"
+    path = written(tmp_path / "report.json", rows=document["rows"])
+    with pytest.raises(InputError, match=r"rows\.1\.measurement\.size_bytes: Input should be a valid integer"):
+        read_report(path)
+
+
+def test_many_faults_are_not_all_listed(tmp_path):
+    path = written(tmp_path / "report.json", **{f"unknown_{number}": 1 for number in range(8)})
+    with pytest.raises(InputError, match="and 3 more"):
+        read_report(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"schema_version": 1}', "[" * 100_000])
+def test_what_is_no_report_is_an_input_error(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(InputError, match=r"report\.json must"):
+        read_report(tmp_path / "report.json")
+
+
+def test_bytes_that_are_no_text_are_an_input_error(tmp_path):
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match="must be a report"):
+        read_report(tmp_path / "report.json")
+
+
+def test_a_missing_report_says_what_writes_one(tmp_path):
+    with pytest.raises(InputError, match="No such file or directory; `compress run` writes one"):
+        read_report(tmp_path / "report.json")
+
+
+def test_a_directory_is_no_report(tmp_path):
+    with pytest.raises(InputError, match="must be a readable report"):
+        read_report(tmp_path)

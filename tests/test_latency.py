@@ -1,0 +1,238 @@
+import gc
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.testing import assert_allclose
+from onnx import TensorProto, helper, numpy_helper
+from scipy import stats
+
+from compressor.errors import InputError
+from compressor.latency import Interval, log_ratios, random_inputs, ratio_interval, t_quantile, time_models, visits
+
+
+def convolutions(path: Path, *layers: tuple[int, int], shape: tuple = ("batch", 1, 28, 28)) -> Path:
+    """Write a chain of convolutions; a layer is (output channels, kernel size)."""
+    nodes, weights, channels = [], [], shape[1]
+    for index, (units, kernel) in enumerate(layers):
+        weight = np.full((units, channels, kernel, kernel), 0.05, dtype=np.float32)
+        weights.append(numpy_helper.from_array(weight, f"w{index}"))
+        nodes.append(helper.make_node("Conv", [f"t{index}", f"w{index}"], [f"c{index}"], pads=[kernel // 2] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"t{index + 1}"]))
+        channels = units
+    nodes[-1].output[0] = "y"
+    return save(path, nodes, weights, {"t0": (TensorProto.FLOAT, shape)})
+
+
+def save(path: Path, nodes: list, weights: list, inputs: dict, kind: int = TensorProto.FLOAT) -> Path:
+    arguments = [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in inputs.items()]
+    result = helper.make_tensor_value_info("y", kind, None)
+    graph = helper.make_graph(nodes, "model", arguments, [result], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    body = ((32, 3), (32, 3), (32, 3))
+    dense = numpy_helper.from_array(np.full((784, 5000), 0.05, dtype=np.float32), "w")  # 16 MB
+    layers = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    inputs = {"x": (TensorProto.FLOAT, ("batch", 1, 28, 28))}
+    return {
+        "conv": convolutions(directory / "conv.onnx", *body),
+        "conv_5_percent_more": convolutions(directory / "more.onnx", *body, (32, 1)),
+        "tiny": convolutions(directory / "tiny.onnx", (8, 3)),
+        "large": save(directory / "large.onnx", layers, [dense], inputs),
+    }
+
+
+def test_the_t_quantile_is_that_of_an_independent_implementation():
+    for confidence in (0.5, 0.95, 0.999):
+        ours = [t_quantile(degrees, confidence) for degrees in range(1, 101)]
+        theirs = stats.t.ppf((1 + confidence) / 2, np.arange(1, 101))
+        assert_allclose(ours, theirs, rtol=1e-9)  # both are exact formulas; scipy promises no more digits
+
+
+def test_the_interval_is_students_on_the_logarithmic_scale():
+    logs = np.random.default_rng(0).normal(0.7, 0.1, size=12)
+    low, high = stats.t.interval(0.95, df=11, loc=logs.mean(), scale=stats.sem(logs))
+    assert_allclose(ratio_interval(logs.tolist()), np.exp([logs.mean(), low, high]), rtol=1e-9)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rounds = np.random.default_rng(0).normal(math.log(2), 0.05, size=(2000, 10))
+    intervals = [ratio_interval(logs) for logs in rounds.tolist()]
+    held = np.mean([interval.low <= 2 <= interval.high for interval in intervals])
+    assert held == pytest.approx(0.95, abs=0.015)  # 3 standard deviations of a share over 2000
+
+
+def test_the_half_width_of_an_interval_is_its_relative_error():
+    assert Interval(2.0, 2.0 / 1.01, 2.0 * 1.01).half_width == pytest.approx(0.01, abs=1e-4)
+
+
+def test_passes_go_to_and_fro_over_all_models():
+    assert list(visits(3, 0, 4)) == [(0, 1, 2), (2, 1, 0), (0, 1, 2), (2, 1, 0)]
+
+
+def test_over_rounds_every_model_takes_every_place():
+    orders = [next(visits(4, round_index, 1)) for round_index in range(4)]
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == [0, 1, 2, 3]
+
+
+def times_of_a_round(costs: list[float], *, passes: int = 10, drift: float = 0.0) -> np.ndarray:
+    """Nanoseconds that models of these costs take in turns on a machine that slows down by `drift` per visit."""
+    times = np.empty((passes, len(costs), 4), dtype=np.int64)
+    pace = 1.0
+    for row, visited in zip(times, visits(len(costs), 0, passes), strict=True):
+        for model in visited:
+            row[model] = 1e6 * costs[model] * pace
+            pace += drift
+    return times
+
+
+def test_the_ratio_of_a_round_is_that_of_the_costs():
+    assert_allclose(log_ratios(times_of_a_round([1.0, 0.5, 4.0])), np.log([1, 2, 0.25]), atol=1e-6)
+
+
+def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
+    steady, drifting = (log_ratios(times_of_a_round([1.0, 1.0, 1.0], drift=drift)) for drift in (0.0, 0.001))
+    # to and fro leaves second-order terms only: 0.001 · 2 visits between the outer models, squared, times 30 visits
+    assert_allclose(drifting, steady, atol=1e-4)
+
+
+def test_interrupted_calls_do_not_move_the_ratio():
+    times = times_of_a_round([1.0, 0.5])
+    interrupted = times.copy()
+    interrupted[:, 1, 2] *= 40  # one call of every visit
+    interrupted[3] *= 10  # a whole pass
+    interrupted[7, 0] *= 10  # a whole visit
+    assert_allclose(log_ratios(interrupted), log_ratios(times), atol=1e-12)
+
+
+def test_made_up_inputs_fit_the_model_and_are_repeatable(tmp_path):
+    path = save(
+        tmp_path / "text.onnx",
+        [helper.make_node("Cast", ["tokens"], ["f"], to=TensorProto.FLOAT), helper.make_node("Add", ["f", "x"], ["y"])],
+        [],
+        {"tokens": (TensorProto.INT64, ("batch", 7)), "x": (TensorProto.FLOAT, ("batch", 7))},
+    )
+    tokens, x = random_inputs(path, batch_size=3, seed=1)
+    assert (tokens.dtype, tokens.shape) == (np.int64, (3, 7))
+    assert set(np.unique(tokens)) <= {0, 1}
+    assert (x.dtype, x.shape) == (np.float32, (3, 7))
+    for first, again in zip((tokens, x), random_inputs(path, batch_size=3, seed=1), strict=True):
+        assert np.array_equal(first, again)
+    assert not np.array_equal(x, random_inputs(path, batch_size=3, seed=2)[1])
+
+
+def test_inputs_of_unknown_length_must_be_given(tmp_path):
+    path = convolutions(tmp_path / "m.onnx", (4, 3), shape=("batch", 1, "height", 28))
+    with pytest.raises(InputError, match=r"'t0' .*m\.onnx must have a batch of 1 .* pass example inputs"):
+        random_inputs(path)
+    image = np.zeros((2, 1, 5, 28), dtype=np.float32)
+    _, session = time_models([path], inputs=[image], precision=1.0)
+    assert session.batch_size == 2
+
+
+def test_a_fixed_batch_size_must_be_the_one_asked_for(tmp_path):
+    path = convolutions(tmp_path / "m.onnx", (4, 3), shape=(8, 1, 28, 28))
+    with pytest.raises(InputError, match="batch of 1"):
+        random_inputs(path)
+    assert random_inputs(path, batch_size=8)[0].shape == (8, 1, 28, 28)
+
+
+def test_a_model_without_inputs_is_refused(tmp_path):
+    nodes = [helper.make_node("Constant", [], ["y"], value_float=1.0)]
+    path = save(tmp_path / "m.onnx", nodes, [], {})
+    with pytest.raises(InputError, match="must have an input"):
+        time_models([path])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (TensorProto.FLOAT, ("batch", 3, 28, 28)),
+        (TensorProto.FLOAT, ("batch", 784)),
+        (TensorProto.DOUBLE, ("batch", 1, 28, 28)),
+    ],
+)
+def test_models_that_take_other_inputs_are_refused(tmp_path, models, kind, shape):
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    other = save(tmp_path / "other.onnx", [relu], [], {"x": (kind, shape)}, kind)
+    with pytest.raises(InputError, match=r"other\.onnx must take the inputs that the models are timed on, float32"):
+        time_models([models["tiny"], other])
+    assert gc.isenabled()
+
+
+def test_a_model_that_stops_on_its_inputs_is_refused(tmp_path):
+    table = numpy_helper.from_array(np.zeros((4, 2), dtype=np.float32), "table")
+    gather = helper.make_node("Gather", ["table", "tokens"], ["y"])
+    path = save(tmp_path / "m.onnx", [gather], [table], {"tokens": (TensorProto.INT64, ("batch", 3))})
+    with pytest.raises(InputError, match=r"m\.onnx must run on the inputs that the models are timed on"):
+        time_models([path], inputs=[np.full((1, 3), 9, dtype=np.int64)])
+
+
+def test_a_file_that_cannot_be_run_is_refused(tmp_path, models):
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"broken\.onnx"):
+        time_models([models["tiny"], tmp_path / "broken.onnx"])
+
+
+def test_a_session_tells_how_it_was_taken(models):
+    (baseline, other), session = time_models([models["tiny"], models["conv"]], precision=1.0)
+    assert (baseline.ratio, baseline.ratio_low, baseline.ratio_high) == (1.0, 1.0, 1.0)
+    assert other.ratio_low < other.ratio < other.ratio_high < 1
+    assert other.p50_ms > baseline.p50_ms
+    assert (session.batch_size, session.threads, session.rounds) == (1, 1, 10)
+    assert session.calls == 10 * 10 * 4
+    assert 0 < session.seconds < 60
+    assert gc.isenabled()
+
+
+def test_rounds_go_on_until_the_precision_is_reached(models):
+    pair = [models["tiny"], models["conv"]]
+    latencies, session = time_models(pair, precision=0.002, max_seconds=2)
+    widths = [math.log(one.ratio_high / one.ratio_low) / 2 for one in (*latencies, session.noise)]
+    assert max(widths) <= 0.002 or session.seconds >= 4
+    assert session.rounds > 10
+
+
+def test_ten_rounds_are_taken_even_without_time_for_them(models):
+    _, session = time_models([models["conv"]], precision=0.0, max_seconds=0.0)
+    assert session.rounds == 10
+    assert session.calls == 10 * 2 * 4
+
+
+def test_a_model_does_not_differ_from_itself(models):
+    for _ in range(3):
+        (_, itself), session = time_models([models["conv"], models["conv"]], precision=0.02, max_seconds=3)
+        for found in (itself, session.noise):
+            assert found.ratio_low <= 1.01
+            assert found.ratio_high >= 0.99
+            assert found.ratio == pytest.approx(1, abs=0.03)  # 60 sessions of the benchmark stay within 0.5 %
+
+
+def test_a_model_that_is_5_percent_slower_is_found(models):
+    for _ in range(3):
+        (_, slower), _ = time_models([models["conv"], models["conv_5_percent_more"]], precision=0.02, max_seconds=3)
+        assert slower.ratio_high < 1
+
+
+def test_a_large_neighbour_does_not_make_a_small_model_slower(models):
+    names = ("conv", "tiny", "large")
+    (_, alone), _ = time_models([models[name] for name in names[:2]], precision=0.05, max_seconds=3)
+    (_, beside, _), _ = time_models([models[name] for name in names], precision=0.05, max_seconds=3)
+    assert beside.ratio == pytest.approx(
+        alone.ratio, rel=0.1
+    )  # with cold caches the small model takes 1.5 times as long
+
+
+def test_timing_needs_no_torch():
+    program = "import sys, compressor.latency; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
