@@ -17,7 +17,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch goes first and alone: an unpinned torch pulls gigabytes of CUDA packages.
+# torch goes first and alone, pinned: nothing that follows may then pull another build of it.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

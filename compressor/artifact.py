@@ -3,7 +3,7 @@
 import copy
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
-from compressor.errors import InputError
-from compressor.plugins import Reference
+from compressor.errors import InputError, StageError
+from compressor.onnx_reading import external_files, load_graph
+from compressor.plugins import Reference, is_path
 from compressor.runtime import ERRORS, open_session
 from compressor.task import Inputs
 
@@ -35,16 +36,21 @@ class Edit(BaseModel):
 def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
     """List the sizes by which `after` differs from `before`, a module with the same submodules.
 
-    Raises ValueError if a submodule was added, removed or replaced by another class.
+    Raises StageError if a submodule was added, removed or replaced by another class, or if a buffer that is not saved
+    was resized.
     """
     old, new = dict(before.named_modules()), dict(after.named_modules())
     if {path: type(module) for path, module in old.items()} != {path: type(module) for path, module in new.items()}:
         msg = "edits describe sizes only: both modules must have the same submodules"
-        raise ValueError(msg)
+        raise StageError(msg)
     edits = []
     for path, module in new.items():
         attributes = {name: size for name, size in _sizes(module).items() if _sizes(old[path]).get(name) != size}
         shapes = {name: shape for name, shape in _shapes(module).items() if _shapes(old[path]).get(name) != shape}
+        unsaved = shapes.keys() & module._non_persistent_buffers_set
+        if unsaved:
+            msg = f"a buffer that changes its size must be saved, but {path}.{min(unsaved)} has persistent=False"
+            raise StageError(msg)
         if attributes or shapes:
             edits.append(Edit(path=path, attributes=attributes, shapes=shapes))
     return tuple(edits)
@@ -130,12 +136,17 @@ class TorchModel:
         save_model(self.module, str(directory / "model.safetensors"))
 
     @classmethod
-    def load(cls, directory: Path) -> "TorchModel":
-        """Rebuild the module from a directory written by `save`, with equal weights."""
+    def load(cls, directory: Path, *, among: Sequence[Reference] | None = None) -> "TorchModel":
+        """Rebuild the module from a directory written by `save`, with equal weights.
+
+        A directory that is not trusted could name any callable as its factory. With `among`, it must name one of
+        these, paths aside, and that one is called. Raises InputError if it does not.
+        """
         recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
-        module = apply_edits(_call(recipe.factory, seed=0), recipe.edits)
+        factory = recipe.factory if among is None else _one_of(among, recipe.factory, directory)
+        module = apply_edits(_call(factory, seed=0), recipe.edits)
         load_weights(module, directory / "model.safetensors")
-        return cls(module, recipe.factory, recipe.edits)
+        return cls(module, factory, recipe.edits)
 
 
 @dataclass(frozen=True)
@@ -146,9 +157,12 @@ class OnnxModel:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The ONNX file, then its external data file if it has one."""
-        data = self.path.with_name(self.path.name + ".data")
-        return (self.path, data) if data.exists() else (self.path,)
+        """The ONNX file, then the files of its external data. Raises InputError if it is no ONNX file."""
+        try:
+            return (self.path, *external_files(load_graph(self.path), self.path.parent))
+        except ValueError as error:
+            msg = f"{self.path} must be an ONNX model that can be read, but {error}"
+            raise InputError(msg) from error
 
     @cached_property
     def _session(self) -> onnxruntime.InferenceSession:
@@ -218,6 +232,18 @@ def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file
     if listed:
         msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has " + "; ".join(listed)
         raise InputError(msg)
+
+
+def _one_of(references: Sequence[Reference], wanted: Reference, directory: Path) -> Reference:
+    def identity(reference: Reference) -> tuple[str, dict[str, object]]:
+        return reference.factory, {k: v for k, v in reference.arguments.items() if not is_path(k)}
+
+    for reference in references:
+        if identity(reference) == identity(wanted):
+            return reference.without("weights_file")
+    names = ", ".join(sorted({reference.factory for reference in references}))
+    msg = f"the factory of {directory} must be one that the pipeline names ({names}), got {wanted.factory!r}"
+    raise InputError(msg)
 
 
 def _call(factory: Reference, *, seed: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ class Interrupted(BaseException):
     """A signal asked the process to end; what is stored stays, and the same command goes on from there."""
 
     def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
         self.exit_code = 128 + signal_number
 
 
@@ -54,6 +56,10 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
     Ends with the path of the report. Exit codes: 0 done and gates met, 2 pipeline file, 3 gate unmet, 4 gate
     undecidable, 5 user's code or data, 6 stage, 7 machine, 8 directory in use, 130/143 interrupted.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        msg = "compress run is one process; under torchrun, call compressor.fit from a script of your own"
+        raise click.UsageError(msg)
+
     import torch
 
     from compressor.config import load
@@ -65,7 +71,7 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
         directory = runs / pipeline.name
         found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
     if as_json:
-        click.echo(to_json(found))
+        click.echo(to_json(found), nl=False)
     else:
         click.echo(to_table(found))
         click.echo(f"\n{directory / Path(found.rows[-1].model_file).name}\n{directory / 'report.json'}")
@@ -139,7 +145,7 @@ def main() -> NoReturn:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except Interrupted as interruption:
-        click.echo("interrupted; the same command goes on from the last stored stage", err=True)
+        click.echo(f"{interruption}; the same command goes on from the last stored stage", err=True)
         code = interruption.exit_code
     sys.exit(code)
 

@@ -37,6 +37,11 @@ class Pipeline:
     """The `--set` arguments, as given."""
 
     @property
+    def references(self) -> tuple[Reference, ...]:
+        """What the settings of stages name, such as a student."""
+        return tuple(_named_in([planned.stage for planned in self.stages]))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All settings as JSON values, defaults included; paths are relative to `directory`."""
         settings = {
@@ -49,6 +54,19 @@ class Pipeline:
         }
         relative: dict[str, Any] = _with_relative_paths(settings, self.directory)
         return relative
+
+
+def _named_in(setting: Any) -> Iterator[Reference]:
+    if isinstance(setting, Reference):
+        yield setting
+    elif isinstance(setting, BaseModel):
+        for _, part in setting:
+            yield from _named_in(part)
+    elif isinstance(setting, list | tuple):
+        for part in setting:
+            yield from _named_in(part)
+    elif isinstance(setting, Mapping):
+        yield from _named_in(list(setting.values()))
 
 
 def _checked_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Writes that survive a kill or a power loss, and errors of the disk in words."""
+"""Writes that survive a kill or a power loss, and errors of disk and memory in words."""
 
 import contextlib
 import errno
@@ -68,6 +68,19 @@ def host_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None
         place = getattr(error, "filename", None) or path
         room = f"{free_bytes:,} bytes are free" + ("" if needed_bytes is None else f", {needed_bytes:,} are needed")
         msg = f"{place} must be readable and writable: {error}; {room}; {_REMEDIES[number]} and run again"
+        raise HostError(msg) from error
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a failed allocation into a HostError. torch's own on the CPU is a RuntimeError that only its text tells."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if isinstance(error, RuntimeError) and "allocate memory" not in words and "out of memory" not in words:
+            raise
+        msg = f"the machine must have enough memory, but {words or 'an allocation failed'}; lower batch_size"
         raise HostError(msg) from error
 
 

@@ -25,6 +25,9 @@ from compressor.qdq import is_int8, simplify_qdq
 from compressor.task import Inputs, Task
 
 OPSET = 20
+
+_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
+
 _aten = torch.ops.aten
 _AVERAGE_POOLS = {1: _aten.avg_pool1d.default, 2: _aten.avg_pool2d.default}
 
@@ -40,9 +43,9 @@ def to_onnx(
     """Write `module`, in evaluation mode, as ONNX that gives the same outputs; equal modules give equal bytes.
 
     The input is called `input` (several: as in `forward`), the output `output`; the axes in `task.dynamic_axes` stay
-    open. `metadata` joins `task_metadata` in the file. With more than `inline_bytes` of
-    tensors, these go to a file beside `path`. Raises StageError if torch cannot trace or translate the module, or if
-    ONNX Runtime's outputs differ from PyTorch's.
+    open. `metadata` joins `task_metadata` in the file. With more than `inline_bytes` of tensors, these go to a file
+    beside `path`. Raises StageError if torch cannot trace or translate the module, or if ONNX Runtime's outputs differ
+    from PyTorch's.
     """
     graph = compact(simplify_qdq(_translate(capture(module, task), task)))
     write(with_metadata(graph, {**task_metadata(task), **(metadata or {})}), path, inline_bytes=inline_bytes)
@@ -215,6 +218,3 @@ def quiet_torch() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")

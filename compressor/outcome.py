@@ -1,4 +1,4 @@
-"""How a run ended, in `outcome.json`: for programs that see only torchrun's exit code, or none."""
+"""How a run ended, in `outcome.json`: for programs that cannot see its exit code."""
 
 import json
 from collections.abc import Iterator

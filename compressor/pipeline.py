@@ -12,14 +12,14 @@ import torch
 
 from compressor.artifact import Artifact, OnnxModel, TorchModel
 from compressor.config import Pipeline
-from compressor.disk import write_atomically
+from compressor.disk import host_errors, memory_errors, write_atomically
 from compressor.errors import InputError, StageError
 from compressor.export import to_onnx
 from compressor.latency import time_models
 from compressor.measure import measure
 from compressor.outcome import record_end, recorded
 from compressor.plan import Step, data_fingerprints, remember, steps
-from compressor.plugins import Reference, beside
+from compressor.plugins import beside, user_errors
 from compressor.preflight import check_model, check_reference, check_task
 from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
@@ -32,8 +32,6 @@ from compressor.task import Task
 
 logger = logging.getLogger("compressor")
 
-_ARTIFACTS = {kind.__name__: kind for kind in (TorchModel, OnnxModel)}
-
 
 def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     """Carry out `pipeline` in `directory`, reusing what earlier runs stored there, and report on every model.
@@ -42,13 +40,13 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     user code or data at fault, StageError, HostError, and LockedError while another run holds the directory.
     """
     store = Store(directory)
-    with store.lock(), recorded(directory), beside(pipeline.directory):
+    with store.lock(), recorded(directory), beside(pipeline.directory), user_errors(), memory_errors():
         task = check_task(pipeline.task.call())
         data = data_fingerprints(task)
         chain = steps(pipeline, data=data, device=device.type)
         remember(store, data, chain)
-        obtained = _obtain(chain, _Run(pipeline, task, store, device))
-        report = _report(pipeline, task, obtained, directory)
+        this = _Run(pipeline, task, store, device)
+        report = _report(_obtain(chain, this), this)
         _deliver(directory / report.rows[-1].model_file, directory)
         write_atomically(directory / "report.md", to_markdown(report))
         write_atomically(directory / "report.json", to_json(report))
@@ -90,10 +88,8 @@ def _check_models(run: _Run) -> None:
     """Build every model that the pipeline names, so that one that does not fit is refused before any training."""
     model = TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
     check_model(model, run.task)
-    for planned in run.pipeline.stages:
-        for _, setting in planned.stage:
-            if isinstance(setting, Reference):
-                check_reference(setting, model, run.task, seed=run.pipeline.seed)
+    for reference in run.pipeline.references:
+        check_reference(reference, model, run.task, seed=run.pipeline.seed)
 
 
 def _compute(step: Step, before: Sequence[Entry], run: _Run) -> Entry:
@@ -124,10 +120,10 @@ def _compute(step: Step, before: Sequence[Entry], run: _Run) -> Entry:
 
 def _apply(step: Step, before: Sequence[Entry], run: _Run, work_dir: Path) -> Artifact:
     """Give the step the model that the store holds, so that a resumed run computes from the same bytes."""
-    model = _load(before[-1]) if before else TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
+    model = _load(before[-1], run) if before else TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
     if step.stage is None:
         return model
-    reference = _load(before[0]) if before else model
+    reference = _load(before[0], run) if before else model
     if not isinstance(reference, TorchModel):
         msg = f"the baseline must be a TorchModel, got {type(reference).__name__}"
         raise StageError(msg)
@@ -141,8 +137,11 @@ def _apply(step: Step, before: Sequence[Entry], run: _Run, work_dir: Path) -> Ar
     return artifact
 
 
-def _load(entry: Entry) -> Artifact:
-    return _ARTIFACTS[entry.facts["artifact"]].load(entry.directory / "artifact")
+def _load(entry: Entry, run: _Run) -> Artifact:
+    directory = entry.directory / "artifact"
+    if entry.facts["artifact"] == OnnxModel.__name__:
+        return OnnxModel.load(directory)
+    return TorchModel.load(directory, among=[run.pipeline.model, *run.pipeline.references])
 
 
 def _model_file(entry: Entry) -> Path:
@@ -153,7 +152,8 @@ def _model_file(entry: Entry) -> Path:
     return file
 
 
-def _report(pipeline: Pipeline, task: Task, obtained: Sequence[_Obtained], directory: Path) -> Report:
+def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
+    pipeline, task = run.pipeline, run.task
     files = [_model_file(one.entry) for one in obtained]
     logger.info("timing %d models side by side", len(files))
     inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
@@ -165,7 +165,7 @@ def _report(pipeline: Pipeline, task: Task, obtained: Sequence[_Obtained], direc
             stage=one.step.name,
             settings=settings,
             key=one.step.key,
-            model_file=file.relative_to(directory).as_posix(),
+            model_file=file.relative_to(run.store.root).as_posix(),
             measurement=Measurement.model_validate(one.entry.facts["measurement"]),
             latency=latency,
             seconds=one.entry.facts["seconds"],
@@ -183,7 +183,7 @@ def _report(pipeline: Pipeline, task: Task, obtained: Sequence[_Obtained], direc
         ),
         rows=rows,
         latency_session=session,
-        environment=environment(),
+        environment={**environment(), "device": run.device.type, "seed": run.pipeline.seed},
         verdicts=(),
     )
     return report if pipeline.gate is None else report.model_copy(update={"verdicts": judge(pipeline.gate, report)})
@@ -191,7 +191,11 @@ def _report(pipeline: Pipeline, task: Task, obtained: Sequence[_Obtained], direc
 
 def _deliver(model_file: Path, directory: Path) -> None:
     """Copy the last model out of the store, external data first, each file replaced in one step."""
-    for file in reversed(OnnxModel(model_file).files):
-        part = directory / f".{file.name}.part"
-        shutil.copyfile(file, part)
-        part.replace(directory / file.name)
+    with host_errors(directory):
+        for file in reversed(OnnxModel(model_file).files):
+            part = directory / f".{file.name}.part"
+            try:
+                shutil.copyfile(file, part)
+                part.replace(directory / file.name)
+            finally:
+                part.unlink(missing_ok=True)

@@ -3,27 +3,18 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.config import Pipeline
 from compressor.plugins import Reference, is_path, source_files, stage_names
+from compressor.report.environment import versions
 from compressor.stage import Stage
 from compressor.store import Store, content_key, differences
-from compressor.task import Task, fingerprint
+from compressor.task import SPLITS, Samples, Task, fingerprint
 
-LIBRARIES = (
-    "compressor",
-    "accelerate",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "torch",
-    "torch-pruning",
-    "torchao",
-)
 BASELINE = "baseline"
 """Name of the step that gives a model which comes with its weights."""
 LAST_RUN = "last_run"
@@ -77,22 +68,29 @@ def remember(store: Store, data: Mapping[str, str], chain: Sequence[Step]) -> No
 
 
 def data_fingerprints(task: Task) -> dict[str, str]:
-    """Fingerprint of each split by name."""
-    splits = {name: getattr(task, name) for name in ("train", "validation", "test", "calibration", "unlabeled")}
-    return {name: fingerprint(split) for name, split in splits.items() if split is not None}
+    """Fingerprint of each split by name, and of what else the task says in data."""
+    splits = {name: getattr(task, name) for name in SPLITS}
+    axes = [{str(axis): name for axis, name in axes.items()} for axes in task.dynamic_axes or ()]
+    said = {"labels": list(task.labels), "preprocessing": dict(task.preprocessing), "dynamic_axes": axes}
+    examples = Samples(task.example_inputs, torch.zeros(len(task.example_inputs[0])))
+    return {
+        **{name: fingerprint(split) for name, split in splits.items() if split is not None},
+        "example_inputs": fingerprint(examples),
+        "description": content_key(said),
+    }
 
 
 def steps(pipeline: Pipeline, *, data: Mapping[str, str], device: str) -> tuple[Step, ...]:
     """List the steps of a pipeline in order; the first gives the baseline.
 
-    `data` are the fingerprints of the splits: they stand for the paths that the task reads. User code is hashed from
-    its files and never imported.
+    `data` are the fingerprints of the splits: they stand for the directories that the task reads. User code is hashed
+    from its files and never imported.
     """
     shared = {
         "seed": pipeline.seed,
         "device": device,
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "task": _reference_parts(pipeline.task, with_paths=False),
+        "libraries": versions(),
+        "task": _reference_parts(pipeline.task, directories=False),
         "data": dict(data),
     }
     before: dict[str, Any] = {"model": _reference_parts(pipeline.model)}
@@ -127,20 +125,18 @@ def _settings(stage: Stage[Any, Any]) -> dict[str, Any]:
     return settings
 
 
-def _reference_parts(reference: Reference, *, with_paths: bool = True) -> dict[str, Any]:
-    extra = reference.model_extra or {}
-    parts = {
+def _reference_parts(reference: Reference, *, directories: bool = True) -> dict[str, Any]:
+    paths = {name: path for name, path in reference.arguments.items() if is_path(name) and isinstance(path, Path)}
+    return {
         "factory": reference.factory,
-        "arguments": {name: value for name, value in extra.items() if not is_path(name)},
+        "arguments": {name: value for name, value in reference.arguments.items() if name not in paths},
         "code": _code(reference.factory),
+        "files": {name: _tree_hash(path) for name, path in paths.items() if directories or path.is_file()},
     }
-    if with_paths:
-        parts["files"] = {name: _tree_hash(path) for name, path in reference.arguments.items() if is_path(name)}
-    return parts
 
 
-def _code(name: str) -> list[str]:
-    return [_file_hash(file) for file in source_files(name)]
+def _code(name: str) -> str:
+    return content_key({"files": [_file_hash(file) for file in source_files(name)]})
 
 
 def _file_hash(file: Path) -> str:

@@ -154,12 +154,15 @@ def source_files(name: str) -> tuple[Path, ...]:
     """Files whose bytes decide what `module:attribute` does, found without importing it, in order of module name.
 
     For a module beside the pipeline file: its own and every module beside it that it imports, however indirectly. For
-    an installed module: its own. Raises InputError if there is no such module.
+    an installed module: every `.py` file of its top-level package. Raises InputError if there is no such module.
     """
     module, _, _ = name.partition(":")
     if source_code.find(module) is None:
         raise InputError(_no_module(module))
-    return _files(module)
+    package = source_code.source_file(module.partition(".")[0])
+    if _local_modules(module) or package is None or package.name != "__init__.py":
+        return _files(module)
+    return tuple(sorted(package.parent.rglob("*.py")))
 
 
 def call_faults(reference: Reference) -> tuple[CallFault, ...]:
@@ -244,6 +247,27 @@ def _lies_in(module: ModuleType | None, directory: Path) -> bool:
 def _file(module: ModuleType) -> str | None:
     file = getattr(module, "__file__", None)
     return os.path.realpath(file) if file else None
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an error that came through a file beside the pipeline file into an InputError naming the line.
+
+    Our own errors pass, and so do those that no file of the user's had a part in.
+    """
+    try:
+        yield
+    except (CompressorError, MemoryError):
+        raise
+    except Exception as error:
+        directory = _directory.get()
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if directory and Path(frame.filename).is_relative_to(directory)]
+        own = [frame for frame in own if "site-packages" not in frame.filename]
+        if not own or "allocate memory" in str(error):
+            raise
+        msg = f"{own[-1].filename}:{own[-1].lineno} raised {type(error).__name__}: {error}"
+        raise InputError(msg) from error
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Refuse a task or a model that cannot work, before any time is spent on it."""
 
-from torch import Tensor
+import hashlib
+
+from torch import Tensor, nn
 
 from compressor.artifact import TorchModel
 from compressor.errors import InputError
 from compressor.plugins import Reference
-from compressor.task import Inputs, Task, batches
-
-_SPLITS = ("train", "validation", "test", "calibration", "unlabeled")
+from compressor.task import SPLITS, Inputs, Split, Task, batches
 
 
 def check_task(task: object) -> Task:
@@ -25,7 +25,7 @@ def check_task(task: object) -> Task:
         msg = "metrics must name at least one metric; the first is what gates call accuracy"
         raise InputError(msg)
     wanted = _signature(task.example_inputs, task)
-    for name in _SPLITS:
+    for name in SPLITS:
         split = getattr(task, name)
         if split is None:
             continue
@@ -36,7 +36,21 @@ def check_task(task: object) -> Task:
         if found != wanted:
             msg = f"samples of the {name} split must look like example_inputs, {wanted}, got {found}"
             raise InputError(msg)
+    shared = _digests(task.calibration) & _digests(task.test)
+    # Real data has a few duplicates; a split that was not split has many.
+    if len(shared) > 0.01 * len(task.calibration):
+        msg = f"calibration must share no sample with test, got {len(shared)} in both; take it from the train split"
+        raise InputError(msg)
     return task
+
+
+def _digests(split: Split) -> set[bytes]:
+    """A digest of the inputs of each sample."""
+    return {
+        hashlib.blake2b(b"".join(part.contiguous().numpy().tobytes() for part in sample), digest_size=16).digest()
+        for batch in batches(split, 256)
+        for sample in zip(*batch.inputs, strict=True)
+    }
 
 
 def _signature(inputs: Inputs, task: Task) -> list[str]:
@@ -71,10 +85,12 @@ def check_model(model: TorchModel, task: Task) -> None:
 
 
 def check_reference(reference: Reference, like: TorchModel, task: Task, *, seed: int) -> None:
-    """Call a factory that a stage will call later; a model among them must give outputs shaped as `like` gives.
+    """Call a factory that a stage will call later; if it gives a module, that must give outputs shaped as `like` does.
 
     Raises InputError.
     """
+    if not isinstance(reference.without("weights_file").call(), nn.Module):
+        return
     found, wanted = (tuple(_outputs(model, task).shape) for model in (TorchModel.build(reference, seed=seed), like))
     if found != wanted:
         msg = f"{reference.factory} must give outputs of the baseline's shape, {wanted}, got {found}"

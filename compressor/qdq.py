@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
@@ -16,9 +16,13 @@ def simplify_qdq(model: ModelProto) -> ModelProto:
     """Return a graph with fewer nodes and the same outputs, bit for bit; a graph without int8 as it is.
 
     A Q that undoes the DQ before it is gone, and so is a ReLU or clip to bounds at which the Q after it saturates.
-    DQ -> move -> Q with one scale becomes the move alone, on int8.
+    DQ -> move -> Q with one scale becomes the move alone, on int8. A graph with control flow stays as it is too: its
+    bodies read tensors that no node of the graph shows.
     """
-    if not is_int8(model):
+    nested = any(
+        attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute
+    )
+    if nested or not is_int8(model):
         return model
     simpler = ModelProto()
     simpler.CopyFrom(model)
@@ -35,6 +39,14 @@ def is_int8(model: ModelProto) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
+class _Parameters(NamedTuple):
+    """What turns numbers into codes: both Q and DQ must agree in all of it to undo each other."""
+
+    scale: float
+    zero_point: int
+    codes: np.dtype[Any]
+
+
 @dataclass(frozen=True)
 class _Edges:
     """Who writes and who reads each tensor, the value of each scalar constant, and the names that must stay."""
@@ -49,12 +61,14 @@ class _Edges:
         readers = [] if name in self.fixed else self.readers[name]
         return readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
 
-    def scale_and_zero_point(self, node: NodeProto) -> tuple[float, int] | None:
+    def scale_and_zero_point(self, node: NodeProto) -> _Parameters | None:
         """Return those of a Q or DQ that has one pair for the whole tensor."""
         scale, zero_point = (self.scalars.get(name) for name in node.input[1:3])
-        return None if scale is None or zero_point is None else (float(scale), int(zero_point))
+        if scale is None or zero_point is None:
+            return None
+        return _Parameters(float(scale), int(zero_point), zero_point.dtype)
 
-    def dequantizers(self, names: Sequence[str], parameters: tuple[float, int]) -> list[NodeProto] | None:
+    def dequantizers(self, names: Sequence[str], parameters: _Parameters) -> list[NodeProto] | None:
         """Return the DequantizeLinear that wrote each tensor, if all have these scale and zero point."""
         writers = [self.writers[name] for name in names if name in self.writers]
         alike = [
@@ -98,8 +112,8 @@ def _drop_clip(node: NodeProto, edges: _Edges) -> None:
     parameters = edges.scale_and_zero_point(quantizer) if quantizer else None
     if quantizer is None or parameters is None:
         return
-    scale, zero_point = parameters
-    codes = np.iinfo(edges.scalars[quantizer.input[2]].dtype)
+    scale, zero_point, dtype = parameters
+    codes = np.iinfo(dtype)
     low, high = (np.rint(np.float32(bound) / np.float32(scale)) + zero_point for bound in _bounds(node, edges))
     if low <= codes.min and high >= codes.max:
         quantizer.input[0] = node.input[0]

@@ -38,7 +38,9 @@ class Stage(BaseModel, ABC, Generic[In, Out]):
     any work. Equal settings, input, task and seed must give an equal model: the store relies on it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     version: ClassVar[int] = 1
     """Raised when the same settings would give another model."""

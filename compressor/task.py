@@ -161,6 +161,10 @@ def evaluate(metrics: Sequence[Metric], predict: Callable[[Inputs], Tensor], spl
     return {metric.name: metric.value(sums[metric.name]) for metric in metrics}
 
 
+SPLITS = ("train", "validation", "test", "calibration", "unlabeled")
+"""Names of the splits of a task."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Everything about the problem that is not the model.

@@ -110,7 +110,7 @@ def fit(
                 bar.set_postfix_str(averages)
                 if bar.disable and accelerator.is_main_process:
                     log(f"epoch {(step + 1) // steps_per_epoch}/{epochs}: {averages}")
-    unwrapped: nn.Module = accelerator.unwrap_model(trained)
+    unwrapped: nn.Module = accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     return unwrapped.cpu().eval()
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.artifact import TorchModel, apply_edits, load_weights, structural_edits
-from compressor.errors import InputError
+from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
 from compressor.stages.pruning.structured import prune_channels
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
@@ -134,5 +134,33 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 
 
 def test_edits_refuse_modules_of_another_structure():
-    with pytest.raises(ValueError, match="same submodules"):
+    with pytest.raises(StageError, match="same submodules"):
         structural_edits(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Conv1d(2, 2, 1)))
+
+
+def test_stored_model_may_only_name_a_factory_that_is_expected(tmp_path):
+    TorchModel.build(PLAIN, seed=0).save(tmp_path)
+    recipe = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(recipe.replace("networks:PlainNetwork", "networks:ResidualNetwork"))
+    with pytest.raises(InputError, match=r"one that the pipeline names \(networks:PlainNetwork\)"):
+        TorchModel.load(tmp_path, among=[PLAIN])
+
+
+def test_moved_paths_of_a_factory_are_those_of_the_pipeline(tmp_path):
+    reference = Reference(factory="networks:PlainNetwork", weights_file=str(tmp_path / "gone.safetensors"))
+    TorchModel.build(PLAIN, seed=0).save(tmp_path)
+    assert TorchModel.load(tmp_path, among=[reference]).factory == PLAIN
+
+
+class UnsavedBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 16)
+        self.register_buffer("scale", torch.ones(16), persistent=False)
+
+
+def test_resized_buffer_that_is_not_saved_is_refused():
+    smaller = UnsavedBuffer()
+    smaller.scale = torch.ones(8)
+    with pytest.raises(StageError, match="scale has persistent=False"):
+        structural_edits(UnsavedBuffer(), smaller)

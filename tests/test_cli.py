@@ -68,3 +68,7 @@ def test_report_of_a_directory_without_one_exits_5(tmp_path):
 
 def test_unknown_command_exits_2():
     assert compress("rnu").returncode == 2
+
+
+def test_committed_schema_is_what_the_command_prints():
+    assert compress("schema").stdout == (ROOT / "pipelines/pipeline.schema.json").read_text()

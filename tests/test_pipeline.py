@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,8 +56,14 @@ model: {factory: digits_code:network, width: 32}
 task: {factory: digits_code:task}
 stages:
   - {stage: training, epochs: 4, batch_size: 32, optimizer: {learning_rate: 5.0e-3}}
-  - {stage: distillation, student: {factory: digits_code:network}, epochs: 4, batch_size: 32, optimizer: {learning_rate: 5.0e-3}}
-  - {stage: magnitude_pruning, pruning_ratio: 0.5, recovery: {epochs: 3, batch_size: 32, optimizer: {learning_rate: 5.0e-3}}}
+  - stage: distillation
+    student: {factory: digits_code:network}
+    epochs: 4
+    batch_size: 32
+    optimizer: {learning_rate: 5.0e-3}
+  - stage: magnitude_pruning
+    pruning_ratio: 0.5
+    recovery: {epochs: 3, batch_size: 32, optimizer: {learning_rate: 5.0e-3}}
   - {stage: int8_ptq, calibration_samples: 64}
   - {stage: onnx_export}
 gate: {size_ratio: {min: 3}}
@@ -250,6 +257,51 @@ def test_error_in_user_code_is_an_input_error_that_names_the_line(tmp_path):
     file = write_pipeline(tmp_path)
     file.with_name("digits_code.py").write_text(CODE.replace("digits = load_digits()", "digits = load_digits(0)"))
     with pytest.raises(InputError, match=r"digits_code\.py:\d+"):
+        run(load(file), tmp_path / "runs", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("nn.MaxPool2d(2), nn.Flatten()", "nn.MaxPool2d(2), Broken(), nn.Flatten()", id="forward"),
+        pytest.param("Samples((images[start:stop],), targets[start:stop])", "OneByOne()", id="data-set"),
+    ],
+)
+def test_error_in_user_code_during_a_run_names_the_line(tmp_path, old, new):
+    file = write_pipeline(tmp_path)
+    code = (
+        CODE.replace(old, new)
+        + """
+
+class Broken(nn.Module):
+    def forward(self, x):
+        if self.training:
+            raise KeyError("broken")
+        return x
+
+
+class OneByOne(torch.utils.data.Dataset):
+    def __len__(self):
+        return 900
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 8, 8), [1, 2][index]
+"""
+    )
+    file.with_name("digits_code.py").write_text(code)
+    process = compress("run", file, cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 5, errors
+    assert re.search(r"digits_code\.py:\d+ raised (KeyError|IndexError)", errors)
+    assert "Traceback" not in errors
+
+
+def test_calibration_on_test_samples_is_refused(tmp_path):
+    file = write_pipeline(tmp_path)
+    file.with_name("digits_code.py").write_text(
+        CODE.replace("calibration=split(0, 128)", "calibration=split(1200, 1300)")
+    )
+    with pytest.raises(InputError, match="calibration must share no sample with test, got 100 in both"):
         run(load(file), tmp_path / "runs", device=CPU)
 
 

@@ -9,7 +9,8 @@ from onnx import parser
 from compressor.qdq import simplify_qdq
 
 CONSTANTS = """
-    float s = {0.5}, float t = {0.25}, uint8 zero = {0}, uint8 z = {100}, float one = {1}, float low = {-50},
+    float s = {0.5}, float t = {0.25}, uint8 zero = {0}, int8 signed = {0},
+    uint8 z = {100}, float one = {1}, float low = {-50},
     float high = {77.5}, int64[8] around = {0,0,1,1,0,0,1,1}, int64[2] flat = {0,-1}, int64[1] first = {1},
     int64[1] last = {3}, float[4] double = {1,1,2,2}"""
 
@@ -35,6 +36,11 @@ CONSTANTS = """
         pytest.param("q = Q(x, s, z) d = DQ(q, s, z) p = Q(d, s, z) y = DQ(p, s, z)", "Q DQ", id="round trip"),
         pytest.param(
             "q = Q(x, s, z) d = DQ(q, s, z) p = Q(d, t, z) y = DQ(p, t, z)", "Q DQ Q DQ", id="change of scale"
+        ),
+        pytest.param(
+            "q = Q(x, s, signed) d = DQ(q, s, signed) p = Q(d, s, zero) y = DQ(p, s, zero)",
+            "Q DQ Q DQ",
+            id="change from signed to unsigned",
         ),
         pytest.param(
             "q = Q(x, s, z) d = DQ(q, s, z) m = Reshape(d, flat) p = Q(m, s, z) y = DQ(p, s, z)",

@@ -38,8 +38,13 @@ def environment() -> dict[str, Any]:
         "steal_share": _steal_share(_read("/proc/stat")),
         "os": f"{platform.system()} {platform.release().partition('-')[0]}",  # a local suffix may name the host
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Version of each installed package that results depend on."""
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
 
 
 def _cpuinfo(text: str) -> Mapping[str, str]:

@@ -53,7 +53,7 @@ def _method(report: Report) -> str:
             f"Every row was exported to ONNX and measured under ONNX Runtime, on the {samples:,} samples of the test "
             "split. Sizes are those of the file, with its external data if it has any; 1 kB = 1000 B.",
             f"{escape(timing(report))} All models took turns in one process, warm, in rounds with sessions opened "
-            "anew; a ratio is the mean over rounds of the median log-ratio, with Student's 95 % interval.",
+            "anew; a ratio compares the fastest calls of each round, with Student's 95 % interval over rounds.",
         ]
     )
 
@@ -77,5 +77,6 @@ def _reproduction(report: Report) -> str:
     )  # JSON is YAML, and no string of it can end the fence
     return (
         f"```sh\ncompress run {shlex.quote(printable(report.pipeline))}.yaml{overrides}\n```\n\n"
-        f"The pipeline as it ran, overrides included:\n\n```yaml\n{settings}\n```"
+        "The pipeline as it ran, overrides included; saved beside the code that it names, it runs again:\n\n"
+        f"```yaml\n{settings}\n```"
     )

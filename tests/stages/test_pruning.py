@@ -83,6 +83,19 @@ def test_output_layer_is_told_from_a_hidden_layer_of_its_width(digits_task):
     assert (module.hidden.out_features, module.head.out_features) == (5, 10)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(nn.ConvTranspose2d(16, 3, 2), id="transposed"),
+        pytest.param(nn.Conv2d(16, 1, 1), id="one-channel"),
+    ],
+)
+def test_convolution_that_makes_the_output_keeps_its_channels(digits_task, head):
+    module = half(nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), head), digits_task)
+    assert module[0].out_channels == 8
+    assert module[2].out_channels == head.out_channels
+
+
 def test_frozen_parameters_are_refused(digits_task):
     module = PlainNetwork()
     module.conv2.requires_grad_(False)
@@ -109,7 +122,7 @@ def test_grouped_convolutions_are_refused(digits_task):
 
 
 def test_ratio_that_removes_nothing_is_refused(digits_task):
-    with pytest.raises(StageError, match=r"leave groups of \[16, 32, 64\] channels whole; lower round_to"):
+    with pytest.raises(StageError, match=r"leave groups of \[10, 16, 32, 64\] channels whole; lower round_to"):
         prune_channels(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
 
 

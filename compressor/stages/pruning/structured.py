@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,18 +38,19 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, *, pruning_ratio: 
     pruned = copy.deepcopy(module).eval()
     shape = _output_shape(pruned, example_inputs)
     graph = _dependency_graph(pruned, example_inputs)
-    protected = [pruned.get_submodule(path) for path in _output_layers(module, example_inputs, shape)]
     magnitude = tp.importance.GroupMagnitudeImportance(p=2)
     plan: list[tuple[nn.Module, list[int]]] = []
     channels = {}
-    for group in graph.get_all_groups(ignored_layers=protected):
+    for group in graph.get_all_groups():
+        root = group[0].dep.target
+        path = root.name.split(" ")[0]
         scores = magnitude(group)
         kept = channels_kept(len(scores), pruning_ratio=pruning_ratio, round_to=round_to)
-        removed = torch.argsort(scores, stable=True)[: len(scores) - kept].tolist()
-        root = group[0].dep.target
-        channels[root.name.split(" ")[0]] = (kept, len(scores))
-        if removed:
-            plan.append((root.module, removed))
+        if kept < len(scores) and _makes_output(module, path, example_inputs, shape):
+            continue
+        channels[path] = (kept, len(scores))
+        if kept < len(scores):
+            plan.append((root.module, torch.argsort(scores, stable=True)[: len(scores) - kept].tolist()))
     if not plan:
         sizes = sorted({had for _, had in channels.values()})
         msg = (
@@ -81,10 +82,13 @@ def _check_prunable(module: nn.Module) -> None:
     grouped = [
         path
         for path, layer in module.named_modules()
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 1 < layer.groups < layer.in_channels
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and layer.groups > 1
+        and not layer.groups == layer.in_channels == layer.out_channels
     ]
     if grouped:
-        msg = f"convolutions must have 1 group or one per channel to be pruned, but {', '.join(grouped)} have others"
+        names = ", ".join(grouped)
+        msg = f"convolutions must have 1 group, or one per channel in and out, to be pruned, but {names} have others"
         raise StageError(msg)
 
 
@@ -107,15 +111,12 @@ def _group(graph: tp.DependencyGraph, layer: nn.Module, channels: Sequence[int])
     return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(channels))
 
 
-def _output_layers(module: nn.Module, example_inputs: Inputs, shape: torch.Size) -> Iterator[str]:
-    """Yield the paths of layers that would change the shape of the output: tried one channel at a time on copies."""
-    for path, layer in module.named_modules():
-        if isinstance(layer, _LAYERS) and layer.weight.shape[0] in shape[1:]:
-            trial = copy.deepcopy(module).eval()
-            graph = _dependency_graph(trial, example_inputs)
-            _group(graph, trial.get_submodule(path), [0]).prune()
-            if _output_shape(trial, example_inputs) != shape:
-                yield path
+def _makes_output(module: nn.Module, path: str, example_inputs: Inputs, shape: torch.Size) -> bool:
+    """Whether the output would change its shape with the channels of the layer at `path`: tried on a copy."""
+    trial = copy.deepcopy(module).eval()
+    graph = _dependency_graph(trial, example_inputs)
+    _group(graph, trial.get_submodule(path), [0]).prune()
+    return _output_shape(trial, example_inputs) != shape
 
 
 def _output_shape(module: nn.Module, example_inputs: Inputs) -> torch.Size:

@@ -1,6 +1,5 @@
 """From a float module to an int8 graph: samples show the range of each activation. Importing it imports torchao."""
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -32,7 +31,7 @@ def quantize(
     stays in float. Raises InputError naming the first layer whose outputs are not finite, StageError if no layer can
     be int8.
     """
-    graph = capture(copy.deepcopy(module), task).module()
+    graph = capture(module, task).module()
     with quiet_torch():
         prepared: GraphModule = prepare_pt2e(graph, quantizer)
     floats = _weighted_float_operators(prepared)
