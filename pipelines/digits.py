@@ -19,6 +19,7 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to the same shape."""
         hidden = F.relu(self.bn1(self.conv1(x)))
         return F.relu(x + self.bn2(self.conv2(hidden)))
 
