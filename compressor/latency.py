@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -31,9 +31,6 @@ _Times: TypeAlias = NDArray[np.int64]
 _MIN_ROUNDS = 10
 _PASSES = 10
 _WARM_UP_CALLS, _WARM_UP_SECONDS = 20, 0.05
-# A visit begins untimed: the models before it have taken the caches. The first call of a 2 MB model then costs up to
-# three times its steady time, and a 15 MB model needs eight calls to get back to it (benchmarks/latency.py). Small
-# models also get a millisecond, in which to recover from what another process did to the caches.
 _UNTIMED_CALLS, _LEAST_UNTIMED_SECONDS, _MOST_UNTIMED_SECONDS = 8, 0.001, 0.01
 _TIMED_CALLS, _TIMED_SECONDS = 4, 0.02
 
@@ -70,6 +67,7 @@ def ratio_interval(log_ratios: Sequence[float]) -> Interval:
     return Interval(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
 
+@cache
 def t_quantile(degrees_of_freedom: int, confidence: float = 0.95) -> float:
     """The t that |T| stays below with probability `confidence`, T of Student's distribution.
 
@@ -98,11 +96,21 @@ def _probability_within(angle: float, degrees_of_freedom: int) -> float:
 def visits(models: int, round_index: int, passes: int) -> Iterator[tuple[int, ...]]:
     """The order in which each pass of a round visits the models: A B C, C B A, A B C, …; rounds start one further on.
 
-    To and fro cancels a drift of the machine; the rotation gives every model each place and each neighbour.
+    To and fro, and the rotation over rounds, share out a drift of the machine, the places and the neighbours evenly.
     """
     forward = tuple((position + round_index) % models for position in range(models))
     for index in range(passes):
         yield forward if index % 2 == 0 else forward[::-1]
+
+
+def untimed_calls(seconds: float) -> int:
+    """How many calls of `seconds` each a visit makes before those that it times.
+
+    The models visited before have taken the caches: the first call of a 2 MB model costs three times its steady time,
+    and a 15 MB model needs eight calls to get back to it (benchmarks/latency.py). Small models also get a millisecond,
+    in which to recover from what another process did to the caches.
+    """
+    return max(1, _between(_LEAST_UNTIMED_SECONDS / seconds, _UNTIMED_CALLS, _MOST_UNTIMED_SECONDS / seconds))
 
 
 def random_inputs(path: Path, *, batch_size: int = 1, seed: int = 0) -> tuple[Array, ...]:
@@ -198,7 +206,7 @@ def _time_round(paths: Sequence[Path], arrays: tuple[Array, ...], threads: int, 
     (order,) = visits(len(paths), index, passes=1)
     calls = {model: _open(paths[model], arrays, threads) for model in order}
     seconds = {model: _warm_up(calls[model]) for model in order}
-    untimed = {model: _untimed_calls(seconds[model]) for model in order}
+    untimed = {model: untimed_calls(seconds[model]) for model in order}
     timed = _between(1, _TIMED_SECONDS / max(seconds.values()), _TIMED_CALLS)
     pass_seconds = sum(seconds[model] * (untimed[model] + timed) for model in order)
     passes = 2 * _between(1, budget / pass_seconds / 2, _PASSES // 2)
@@ -208,11 +216,6 @@ def _time_round(paths: Sequence[Path], arrays: tuple[Array, ...], threads: int, 
             for model in visited:
                 row[model] = _visit(calls[model], untimed[model], timed)
     return times
-
-
-def _untimed_calls(seconds: float) -> int:
-    """How many calls of `seconds` each come before the timed ones of a visit."""
-    return max(1, _between(_LEAST_UNTIMED_SECONDS / seconds, _UNTIMED_CALLS, _MOST_UNTIMED_SECONDS / seconds))
 
 
 def _between(low: float, value: float, high: float) -> int:

@@ -12,7 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy import stats
 
 from compressor.errors import InputError
-from compressor.latency import Interval, log_ratios, random_inputs, ratio_interval, t_quantile, time_models, visits
+from compressor.latency import (
+    Interval,
+    log_ratios,
+    random_inputs,
+    ratio_interval,
+    t_quantile,
+    time_models,
+    untimed_calls,
+    visits,
+)
 
 
 def convolutions(path: Path, *layers: tuple[int, int], shape: tuple = ("batch", 1, 28, 28)) -> Path:
@@ -83,6 +92,11 @@ def test_over_rounds_every_model_takes_every_place():
     orders = [next(visits(4, round_index, 1)) for round_index in range(4)]
     for place in zip(*orders, strict=True):
         assert sorted(place) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-5, 100), (1e-4, 10), (1e-3, 8), (2e-3, 5), (0.1, 1)])
+def test_a_visit_first_fills_the_caches_without_wasting_time_on_slow_models(seconds, calls):
+    assert untimed_calls(seconds) == calls
 
 
 def times_of_a_round(costs: list[float], *, round_index: int = 0, drift: float = 0.0) -> np.ndarray:
@@ -191,6 +205,7 @@ def test_a_session_tells_how_it_was_taken(models):
     assert other.p50_ms > baseline.p50_ms
     assert (session.batch_size, session.threads, session.rounds) == (1, 1, 10)
     assert session.calls == 10 * 10 * 4
+    assert session.noise.ratio == pytest.approx(1, abs=0.3)
     assert 0 < session.seconds < 60
     assert gc.isenabled()
 

@@ -250,12 +250,13 @@ def test_a_factory_has_the_form_module_attribute(name: str):
         Reference(factory=name)
 
 
-def test_source_files_are_the_users_modules_and_one_file_of_an_installed_package(tmp_path: Path):
+def test_source_files_are_the_users_modules_and_all_files_of_an_installed_package(tmp_path: Path):
     write(tmp_path, {"digits.py": "import nets, numpy", "nets.py": "", "unused.py": "raise SystemExit"})
 
     with beside(tmp_path):
         assert source_files("digits:task") == (tmp_path / "digits.py", tmp_path / "nets.py")
-        assert [file.name for file in source_files("json.decoder:JSONDecoder")] == ["decoder.py"]
+        installed = {file.name for file in source_files("json.decoder:JSONDecoder")}
+        assert {"__init__.py", "decoder.py", "encoder.py"} <= installed
         assert source_files("math:sqrt") == ()
         with pytest.raises(InputError, match="no module 'digit'"):
             source_files("digit:task")

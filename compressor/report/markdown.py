@@ -72,9 +72,8 @@ def _fact(found: Any) -> str:
 
 def _reproduction(report: Report) -> str:
     overrides = "".join(f" --set {shlex.quote(printable(override))}" for override in report.overrides)
-    settings = json.dumps(
-        report.model_dump(mode="json")["settings"], indent=2
-    )  # JSON is YAML, and no string of it can end the fence
+    # JSON is YAML, and no string of it can end the fence
+    settings = json.dumps(report.model_dump(mode="json")["settings"], indent=2)
     return (
         f"```sh\ncompress run {shlex.quote(printable(report.pipeline))}.yaml{overrides}\n```\n\n"
         "The pipeline as it ran, overrides included; saved beside the code that it names, it runs again:\n\n"

@@ -55,7 +55,7 @@ def timing(report: Report) -> str:
 def _larger(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
     small, large = before.measurement.size_bytes, after.measurement.size_bytes
     if large > small:
-        yield f"{new} is {times(small / large, 'smaller', 'larger')} than {old}: {size(large)} after {size(small)}."
+        yield f"{new} is {size(large - small)} larger than {old}: {size(large)} after {size(small)}."
 
 
 def _slower(before: Row, after: Row, old: str, new: str, session: LatencySession | None) -> Iterator[str]:

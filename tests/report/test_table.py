@@ -95,7 +95,7 @@ def test_a_slower_row_is_named_with_the_row_before_it():
 
 def test_a_larger_row_is_named():
     (remark,) = remarks(report(row("a", size_bytes=1000), row("b", size_bytes=1500)))
-    assert remark == "b is 1.50x larger than a: 1.50 kB after 1.00 kB."
+    assert remark == "b is 500 B larger than a: 1.50 kB after 1.00 kB."
 
 
 def test_a_less_accurate_row_is_named_whatever_the_direction_of_the_metric():
@@ -143,7 +143,7 @@ def test_zeros_that_come_with_a_smaller_file_are_not_mentioned():
 
 def test_rows_of_the_same_stage_are_told_apart():
     rows = row("training"), row("prune"), row("prune", size_bytes=200_000)
-    assert remarks(report(*rows)) == ("prune (row 3) is 2.00x larger than prune (row 2): 200 kB after 100 kB.",)
+    assert remarks(report(*rows)) == ("prune (row 3) is 100 kB larger than prune (row 2): 200 kB after 100 kB.",)
 
 
 def test_the_headline_says_what_came_in_and_what_came_out():
