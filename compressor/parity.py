@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressor.artifact import OnnxModel
 from compressor.errors import StageError
-from compressor.task import Inputs, Split, collate
+from compressor.task import Inputs, Split, gather
 
 SAMPLES = 64
 
@@ -39,7 +39,7 @@ def output_error(model: OnnxModel, reference: Callable[[Inputs], Tensor], split:
     indices = spread(split, SAMPLES)
     found, wanted = [], []
     for batch in filter(None, (indices[:1], indices[1:3], indices[3:])):
-        inputs = collate([split[index] for index in batch]).inputs
+        inputs = gather(split, batch).inputs
         found.append(model.predict(inputs))
         wanted.append(reference(inputs))
     return relative_error(torch.cat(found), torch.cat(wanted))

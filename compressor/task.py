@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -56,7 +57,7 @@ class Samples:
     def __getitem__(self, index: int) -> tuple[Inputs, Tensor]:
         return tuple(tensor[index] for tensor in self.inputs), self.targets[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:  # the name that DataLoader looks for
+    def __getitems__(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:  # the name that DataLoader looks for
         rows = torch.as_tensor(indices)
         return Batch(tuple(tensor[rows] for tensor in self.inputs), self.targets[rows])
 
@@ -69,11 +70,15 @@ def collate(samples: Batch | Sequence[tuple[Tensor | Inputs, Tensor | int | floa
     return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), targets)
 
 
+def gather(split: Split, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    """The samples of `split` at `indices`, as one batch."""
+    return split.__getitems__(indices) if isinstance(split, Samples) else collate([split[int(i)] for i in indices])
+
+
 def batches(split: Split, batch_size: int) -> Iterator[Batch]:
     """Yield all samples of `split` in order, `batch_size` at a time, the last batch shorter."""
     for start in range(0, len(split), batch_size):
-        indices = range(start, min(start + batch_size, len(split)))
-        yield split.__getitems__(indices) if isinstance(split, Samples) else collate([split[i] for i in indices])
+        yield gather(split, range(start, min(start + batch_size, len(split))))
 
 
 def fingerprint(split: Split) -> str:
@@ -97,7 +102,7 @@ class Augmentation:
     apply: Callable[[Inputs, Tensor], Inputs]
 
 
-def uniform_numbers(seed: int, view: int, indices: Sequence[int], numbers: int) -> Tensor:
+def uniform_numbers(seed: int, view: int, indices: Sequence[int] | NDArray[np.int64], numbers: int) -> Tensor:
     """Uniform float32 in [0, 1), (len(indices), `numbers`): a function of seed, view and sample index alone.
 
     A counter-based generator (SplitMix64 finalizer, Steele et al. 2014), so that a sample gets the same numbers

@@ -1,7 +1,9 @@
 """`fit`, the one training loop: training, distillation, recovery and quantization-aware training run through it."""
 
 import copy
+import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeAlias
@@ -10,11 +12,10 @@ import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from compressor.errors import HostError, InputError, StageError
-from compressor.task import Augmentation, Batch, Split, collate, uniform_numbers
+from compressor.task import Augmentation, Batch, Split, gather, uniform_numbers
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """From a module and a batch to its losses by name, each one value per sample, (N,), or per token, (N, L)."""
@@ -97,7 +98,7 @@ def fit(
             with accelerator.autocast():
                 losses = objective(trained, batch)
             means = {name: losses[name].float().mean() for name in weights}
-            total = torch.stack([weight * means[name] for name, weight in weights.items()]).sum()
+            total = functools.reduce(operator.add, (weight * means[name] for name, weight in weights.items()))
             _check_finite(total, means, f"step {step + 1}/{steps}, learning rate {rate:.3g}")
             backward(total)
             moving.step()
@@ -147,11 +148,11 @@ def _shuffled_batches(
 ) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(len(split), generator=generator).tolist()
+        order = torch.randperm(len(split), generator=generator).numpy()
         starts = range(0, len(order) - batch_size + 1, batch_size)
         shares = [order[i : i + batch_size][accelerator.process_index :: accelerator.num_processes] for i in starts]
-        loader: DataLoader[Batch] = DataLoader(split, batch_sampler=shares, collate_fn=collate)  # type: ignore[arg-type]  # Split is what it uses
-        for indices, batch in zip(shares, loader, strict=True):
+        for indices in shares:
+            batch = gather(split, indices)
             if augmentation is None:
                 yield batch.to(accelerator.device)
             else:
@@ -175,7 +176,7 @@ def _torch_optimizer(module: nn.Module, optimizer: Optimizer) -> torch.optim.Opt
 
 
 def _check_finite(total: Tensor, means: Mapping[str, Tensor], place: str) -> None:
-    if not torch.isfinite(total):
+    if not math.isfinite(total.item()):
         losses = ", ".join(f"{name} {value.item():.3g}" for name, value in means.items())
         msg = f"losses must be finite, got {losses} at {place}; lower the learning rate or look at the data"
         raise StageError(msg)

@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from compressor.errors import InputError
 from compressor.export import capture, quiet_torch
 from compressor.stages.quantization.quantizer import OnnxRuntimeQuantizer
-from compressor.task import Split, Task, collate
+from compressor.task import Split, Task, gather
 
 _BATCH_SIZE = 64
 
@@ -48,7 +48,7 @@ def _observe(prepared: GraphModule, split: Split, samples: Sequence[int]) -> Non
     """Show the samples to the observers in `prepared`, in place."""
     with torch.no_grad():
         for start in range(0, len(samples), _BATCH_SIZE):
-            batch = collate([split[index] for index in samples[start : start + _BATCH_SIZE]])
+            batch = gather(split, samples[start : start + _BATCH_SIZE])
             prepared(*batch.inputs)
     for node in prepared.graph.nodes:
         observer = prepared.get_submodule(node.target) if node.op == "call_module" else None
