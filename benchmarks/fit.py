@@ -23,8 +23,9 @@ import digits
 
 from compressor.latency import ratio_interval
 from compressor.report.environment import environment
-from compressor.task import Batch, Task, cross_entropy
-from compressor.training import Optimizer, fit
+from compressor.sampling import TrainingData
+from compressor.task import Task, cross_entropy
+from compressor.training import LabelLoss, Optimizer, fit
 
 ROUNDS, EPOCHS, BATCH_SIZE = 15, 8, 64
 RESULT = Path(__file__).parent / "results" / "fit.json"
@@ -32,15 +33,10 @@ RESULT = Path(__file__).parent / "results" / "fit.json"
 
 def by_fit(module: nn.Module, task: Task) -> nn.Module:
     """Train with `fit`."""
-
-    def losses(trained: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": cross_entropy(trained(*batch.inputs), batch.targets)}
-
     return fit(
         module,
-        losses,
-        task.train,
-        weights={"loss": 1.0},
+        LabelLoss(cross_entropy),
+        TrainingData(task.train),
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         optimizer=Optimizer(),

@@ -29,18 +29,18 @@ _FULL_BELOW_BYTES = 1 << 20
 """A disk with less room than this counts as full: torch buffers, so its failed write leaves some room."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that the old content or the new is there, whole, whenever the process is killed.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that what was there or the new is, whole, whenever the process is killed.
 
-    Raises HostError if the machine is at fault. One process at a time may write to a path.
+    Text is UTF-8. Raises HostError if the machine is at fault. One process at a time may write to a path.
     """
-    content = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.part")
-    with host_errors(path, needed_bytes=len(content)):
+    with host_errors(path, needed_bytes=len(data)):
         part.unlink(missing_ok=True)  # of a killed process, or a link that someone planted
         try:
             with part.open("xb") as stream:
-                stream.write(content)
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             part.replace(path)

@@ -1,8 +1,9 @@
 """What the user brings beside the model: data splits, loss, metrics, example inputs."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -15,6 +16,11 @@ from torch.utils.data import default_collate
 from compressor.errors import InputError
 
 Inputs: TypeAlias = tuple[Tensor, ...]
+
+IGNORED = -100
+"""The class index of a sample or token that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+EVALUATION_BATCH = 256
 
 
 class Batch(NamedTuple):
@@ -84,7 +90,8 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
 def fingerprint(split: Split) -> str:
     """SHA-256 over every sample of `split`, in order: equal data gives an equal fingerprint."""
     digest = hashlib.sha256(str(len(split)).encode())
-    for batch in batches(split, batch_size=len(split) if isinstance(split, Samples) else 256):
+    whole = [Batch(split.inputs, split.targets)] if isinstance(split, Samples) else batches(split, batch_size=256)
+    for batch in whole:
         for tensor in (*batch.inputs, batch.targets):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
@@ -102,8 +109,12 @@ class Augmentation:
     apply: Callable[[Inputs, Tensor], Inputs]
 
 
-def uniform_numbers(seed: int, view: int, indices: Sequence[int] | NDArray[np.int64], numbers: int) -> Tensor:
+def uniform_numbers(
+    seed: int, view: int | NDArray[np.int64], indices: Sequence[int] | NDArray[np.int64], numbers: int
+) -> Tensor:
     """Uniform float32 in [0, 1), (len(indices), `numbers`): a function of seed, view and sample index alone.
+
+    `view` is one for all samples, or one for each.
 
     A counter-based generator (SplitMix64 finalizer, Steele et al. 2014), so that a sample gets the same numbers
     whatever batch or process it falls in.
@@ -117,7 +128,7 @@ def uniform_numbers(seed: int, view: int, indices: Sequence[int] | NDArray[np.in
 
     golden = np.uint64(0x9E3779B97F4A7C15)
     state = mix(np.asarray([seed], dtype=np.uint64) + golden)
-    state = mix(state + golden * np.asarray([view + 1], dtype=np.uint64))
+    state = mix(state + golden * (np.atleast_1d(np.asarray(view, dtype=np.uint64)) + np.uint64(1)))
     rows = mix(state + golden * (np.asarray(indices, dtype=np.uint64) + np.uint64(1)))
     cells = mix(rows[:, None] + golden * np.arange(1, numbers + 1, dtype=np.uint64))
     return torch.from_numpy(((cells >> np.uint64(40)).astype(np.float32)) * np.float32(2**-24))
@@ -140,7 +151,7 @@ class Metric:
 
 def _hits_and_count(logits: Tensor, targets: Tensor) -> Tensor:
     hits = (logits.argmax(dim=1) == targets).sum()
-    return torch.stack([hits.double(), torch.tensor(float(targets.numel()), dtype=torch.float64)])
+    return torch.stack([hits, (targets != IGNORED).sum()]).double()
 
 
 accuracy = Metric("accuracy", _hits_and_count, lambda sums: float(sums[0] / sums[1]), unit="%")
@@ -154,16 +165,20 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def evaluate(metrics: Sequence[Metric], predict: Callable[[Inputs], Tensor], split: Split) -> dict[str, float]:
     """Value of each metric of `predict` on `split`. Raises InputError if the split is empty."""
-    if len(split) == 0:
+    pairs = ((predict(batch.inputs), batch.targets) for batch in batches(split, EVALUATION_BATCH))
+    return evaluate_outputs(metrics, pairs)
+
+
+def evaluate_outputs(metrics: Sequence[Metric], pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Value of each metric over `pairs`, the outputs and targets of one batch each. Raises InputError without any."""
+    sums: list[Tensor] | None = None
+    for outputs, targets in pairs:
+        statistics = [metric.statistics(outputs, targets) for metric in metrics]
+        sums = statistics if sums is None else [total + more for total, more in zip(sums, statistics, strict=True)]
+    if sums is None:
         msg = "a split to evaluate on must have samples, got 0"
         raise InputError(msg)
-    sums: dict[str, Tensor] = {}
-    for batch in batches(split, batch_size=256):
-        outputs = predict(batch.inputs)
-        for metric in metrics:
-            statistics = metric.statistics(outputs, batch.targets)
-            sums[metric.name] = sums[metric.name] + statistics if metric.name in sums else statistics
-    return {metric.name: metric.value(sums[metric.name]) for metric in metrics}
+    return {metric.name: metric.value(total) for metric, total in zip(metrics, sums, strict=True)}
 
 
 SPLITS = ("train", "validation", "test", "calibration", "unlabeled")
@@ -175,10 +190,10 @@ class Task:
     """Everything about the problem that is not the model.
 
     `train`, `validation` and `calibration` may be used to choose; `test` only ever to report. `calibration` must share
-    no sample with `test`. `loss(outputs, targets)` returns one value per sample, (N,), or per token. `metrics[0]` is
-    the one that gates call accuracy. `example_inputs` have a batch dimension of at least 2. `dynamic_axes` names, per
-    input, the dimensions that may change after export; the batch alone unless given. `labels` and `preprocessing`
-    travel in the exported file.
+    no sample with `test`. From `unlabeled` distillation learns too, whatever its targets. `loss(outputs, targets)`
+    returns one value per sample, (N,), or per token. `metrics[0]` is the one that gates call accuracy. `example_inputs`
+    have a batch dimension of at least 2. `dynamic_axes` names, per input, the dimensions that may change after export;
+    the batch alone unless given. `labels` and `preprocessing` travel in the exported file.
     """
 
     train: Split
@@ -193,3 +208,9 @@ class Task:
     dynamic_axes: tuple[Mapping[int, str], ...] | None = None
     labels: tuple[str, ...] = ()
     preprocessing: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Fingerprint of each split that is there, by name; every sample is read, once for all who ask."""
+        splits = {name: getattr(self, name) for name in SPLITS}
+        return {name: fingerprint(split) for name, split in splits.items() if split is not None}

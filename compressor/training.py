@@ -4,9 +4,9 @@ import copy
 import functools
 import math
 import operator
-import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, final
 
 import torch
 from accelerate import Accelerator
@@ -14,11 +14,38 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compressor.errors import HostError, InputError, StageError
-from compressor.task import Augmentation, Batch, Split, gather, uniform_numbers
+from compressor.errors import StageError
+from compressor.processes import processes
+from compressor.sampling import TrainingBatch, TrainingData, draws, training_batches
 
-Objective: TypeAlias = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
-"""From a module and a batch to its losses by name, each one value per sample, (N,), or per token, (N, L)."""
+
+class Objective(Protocol):
+    """What `fit` lowers: the weighted sum of the means of some losses."""
+
+    def weights(self, progress: float) -> Mapping[str, float]:
+        """Weight by name of each loss; `progress` goes from 0 at the first step to 1 at the last."""
+
+    def losses(self, module: nn.Module, batch: TrainingBatch, progress: float) -> Mapping[str, Tensor]:
+        """Values by name of each loss, one per sample that it applies to, (N,), or per token, (N, L).
+
+        A loss that needs labels gives values of the labeled samples alone.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class LabelLoss:
+    """The task's own loss against the labels, as an objective."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def weights(self, progress: float) -> Mapping[str, float]:  # noqa: ARG002  # the weight is the same all along
+        """One loss, in full."""
+        return {"hard": 1.0}
+
+    def losses(self, module: nn.Module, batch: TrainingBatch, progress: float) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """Its value for each sample."""
+        return {"hard": self.loss(module(*batch.inputs), batch.targets)}
 
 
 class Optimizer(BaseModel):
@@ -52,112 +79,124 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
 def fit(
     module: nn.Module,
     objective: Objective,
-    split: Split,
+    data: TrainingData,
     *,
-    weights: Mapping[str, float],
     epochs: int,
     batch_size: int,
     optimizer: Optimizer,
     seed: int,
     device: torch.device,
     log: Callable[[str], None],
-    augmentation: Augmentation | None = None,
+    record: Callable[[Mapping[str, float]], None] = lambda _means: None,
 ) -> nn.Module:
-    """Train a copy of `module` to lower the weighted sum of its mean losses; return it on the CPU, in eval mode.
+    """Train a copy of `module` to lower `objective`; return it on the CPU, in eval mode.
 
-    Every epoch sees the samples in another order, without the last incomplete batch. Order, augmentation and dropout
-    follow from `seed` alone. Under torchrun `batch_size` is the global batch: the processes share each batch, and any
-    number of them gives the same weights, except for BatchNorm and dropout, which see one process's share.
-    With a GPU the forward pass runs in mixed precision.
+    Order, augmentation and dropout follow from `seed` and `data` alone. Samples or tokens whose target is -100 do not
+    count, as in torch. Under torchrun `batch_size` is the global batch: the processes share each batch, and any number
+    of them gives the same weights, except for BatchNorm, dropout and losses between samples, which see one process's
+    share; BatchNorm's statistics are then the mean over processes. With a GPU the forward pass runs in mixed precision.
+    `record` is given the mean of each loss over each epoch.
 
-    Raises InputError if the split is empty or a batch does not divide among the processes, StageError if no parameter
-    may move or a loss is not finite; the message has the step and the learning rate.
+    Raises InputError if the data is empty or a batch does not divide as asked, StageError if no parameter may move or
+    a loss is not finite; the message has the step and the learning rate.
     """
     accelerator = _accelerator(device)
-    batch_size = _checked_batch_size(batch_size, len(split), accelerator.num_processes)
-    steps_per_epoch = len(split) // batch_size
-    steps = epochs * steps_per_epoch
-    batches = _shuffled_batches(
-        split, augmentation, epochs=epochs, batch_size=batch_size, seed=seed, accelerator=accelerator
+    drawn = draws(data, batch_size, accelerator.num_processes)
+    steps = epochs * drawn.steps
+    batches = training_batches(
+        data,
+        drawn,
+        epochs=epochs,
+        seed=seed,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
     )
     hidden = None if accelerator.is_main_process else True  # None: shown on a terminal only
     with torch.random.fork_rng(), tqdm(total=steps, disable=hidden, leave=False, unit="step") as bar:
         torch.manual_seed(seed + accelerator.process_index)
-        trained = copy.deepcopy(module).train()
+        trained = copy.deepcopy(module).train().to(accelerator.device)
         moving = _torch_optimizer(trained, optimizer)
         backward: Callable[[Tensor], None] = Tensor.backward
-        trained = accelerator.prepare_model(trained)
         if accelerator.scaler is not None:
             # Only float16 needs these; elsewhere they cost 0.2 ms a step, since each searches the import path.
             moving, backward = accelerator.prepare_optimizer(moving), accelerator.backward
-        sums = {name: torch.zeros((), device=accelerator.device) for name in weights}
+        sums: dict[str, Tensor] = {}
         for step, batch in enumerate(batches):
-            rate = learning_rate(optimizer, step, steps)
+            rate, progress = learning_rate(optimizer, step, steps), step / max(1, steps - 1)
             for group in moving.param_groups:
                 group["lr"] = rate
-            with accelerator.autocast():
-                losses = objective(trained, batch)
-            means = {name: losses[name].float().mean() for name in weights}
+            means = _mean_losses(trained, objective, _on_device(batch, accelerator.device), progress, accelerator)
+            weights = objective.weights(progress)
             total = functools.reduce(operator.add, (weight * means[name] for name, weight in weights.items()))
             _check_finite(total, means, f"step {step + 1}/{steps}, learning rate {rate:.3g}")
             backward(total)
+            if accelerator.num_processes > 1:
+                _average([p.grad for p in trained.parameters() if p.grad is not None], accelerator)
             moving.step()
             moving.zero_grad()
-            sums = {name: value + means[name].detach() for name, value in sums.items()}
+            sums = {name: sums.get(name, 0.0) + mean.detach() for name, mean in means.items()}
             bar.update()
-            if (step + 1) % steps_per_epoch == 0:
-                averages = ", ".join(f"{name} {value.item() / steps_per_epoch:.4f}" for name, value in sums.items())
-                sums = {name: torch.zeros_like(value) for name, value in sums.items()}
-                bar.set_postfix_str(averages)
+            if (step + 1) % drawn.steps == 0:
+                if accelerator.num_processes > 1:
+                    sums = {name: accelerator.reduce(value, "mean") for name, value in sums.items()}
+                averages = {name: value.item() / drawn.steps for name, value in sums.items()}
+                sums = {}
+                record(averages)
+                line = ", ".join(f"{name} {value:.4f}" for name, value in averages.items())
+                bar.set_postfix_str(line)
                 if bar.disable and accelerator.is_main_process:
-                    log(f"epoch {(step + 1) // steps_per_epoch}/{epochs}: {averages}")
-    unwrapped: nn.Module = accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
-    return unwrapped.cpu().eval()
+                    log(f"epoch {(step + 1) // drawn.steps}/{epochs}: {line}")
+    if accelerator.num_processes > 1:
+        _average([buffer for buffer in trained.buffers() if buffer.is_floating_point()], accelerator)
+    return trained.cpu().eval()
 
 
 def _accelerator(device: torch.device) -> Accelerator:
+    processes(device)
     mixed_precision = "no" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        # https://github.com/huggingface/accelerate/issues/2741: some launchers start one process and say nothing
-        msg = f"{launched} processes must take part, got {accelerator.num_processes}; start them with torchrun"
-        raise HostError(msg)
-    return accelerator
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
 
 
-def _checked_batch_size(batch_size: int, samples: int, processes: int) -> int:
-    size = min(batch_size, samples)
-    if size == 0:
-        msg = "the split to train on must have samples, got 0"
-        raise InputError(msg)
-    if size % processes:
-        msg = f"a batch must divide among {processes} processes, got {size} samples; choose another batch_size"
-        raise InputError(msg)
-    return size
+def _on_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
+    return batch._replace(
+        inputs=tuple(tensor.to(device) for tensor in batch.inputs),
+        targets=batch.targets.to(device),
+        counted=None if batch.counted is None else batch.counted.to(device),
+    )
 
 
-def _shuffled_batches(
-    split: Split,
-    augmentation: Augmentation | None,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    accelerator: Accelerator,
-) -> Iterator[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        order = torch.randperm(len(split), generator=generator).numpy()
-        starts = range(0, len(order) - batch_size + 1, batch_size)
-        shares = [order[i : i + batch_size][accelerator.process_index :: accelerator.num_processes] for i in starts]
-        for indices in shares:
-            batch = gather(split, indices)
-            if augmentation is None:
-                yield batch.to(accelerator.device)
-            else:
-                uniform = uniform_numbers(seed, epoch, indices, augmentation.numbers)
-                yield batch._replace(inputs=augmentation.apply(batch.inputs, uniform)).to(accelerator.device)
+def _average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Replace each tensor, in place, by its mean over the processes.
+
+    torch's DistributedDataParallel would do it while gradients still flow, but it fails where a loss leaves part of a
+    model out, as a hint from a middle layer does.
+    """
+    if not tensors:
+        return
+    together = accelerator.reduce(torch.cat([tensor.detach().flatten() for tensor in tensors]), "mean")
+    for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.detach().copy_(mean.view_as(tensor))
+
+
+def _mean_losses(
+    module: nn.Module, objective: Objective, batch: TrainingBatch, progress: float, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Mean of each loss over what counts, so that the mean over processes is the mean over the global batch."""
+    with accelerator.autocast():
+        losses = objective.losses(module, batch, progress)
+    counts: dict[int, Tensor] = {}
+    means = {}
+    for name, values in losses.items():
+        if batch.counted is None or values.shape[1:] != batch.counted.shape[1:]:
+            means[name] = values.float().mean()
+            continue
+        counted = batch.counted[: len(values)]
+        if len(values) not in counts:
+            count = counted.sum().float()
+            counts[len(values)] = accelerator.reduce(count, "mean") if accelerator.num_processes > 1 else count
+        # A share of a process may be less than one sample; where nothing counts anywhere, the sum is 0.
+        means[name] = (values.float() * counted).sum() / counts[len(values)].clamp(min=1 / accelerator.num_processes)
+    return means
 
 
 def _torch_optimizer(module: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from compressor import Augmentation, Batch, Samples
+from compressor import Augmentation, Samples
 from compressor.errors import InputError, StageError
+from compressor.sampling import TrainingData
 from compressor.task import cross_entropy, uniform_numbers
-from compressor.training import Optimizer, fit, learning_rate
+from compressor.training import LabelLoss, Optimizer, fit, learning_rate
 
 CPU = torch.device("cpu")
 DIVERGING = Optimizer(name="sgd", learning_rate=1e10, schedule="constant", warmup=0.0)
@@ -23,13 +24,8 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
 
 
-def hard(module: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    return {"loss": cross_entropy(module(*batch.inputs), batch.targets)}
-
-
-def fit_briefly(module, split, **changes):
+def fit_briefly(module, split, augmentation=None, **changes):
     settings = {
-        "weights": {"loss": 1.0},
         "epochs": 2,
         "batch_size": 64,
         "optimizer": Optimizer(learning_rate=1e-2),
@@ -37,7 +33,8 @@ def fit_briefly(module, split, **changes):
         "device": CPU,
         "log": lambda _line: None,
     }
-    return fit(module, hard, split, **{**settings, **changes})
+    data = split if isinstance(split, TrainingData) else TrainingData(split, augmentation=augmentation)
+    return fit(module, LabelLoss(cross_entropy), data, **{**settings, **changes})
 
 
 def parameters(module: nn.Module) -> torch.Tensor:
@@ -151,32 +148,134 @@ def test_map_style_data_set_trains_like_the_same_samples_in_memory(digits_task):
     assert torch.equal(parameters(one_by_one), parameters(in_memory))
 
 
+def test_means_of_the_loss_are_recorded_epoch_by_epoch(digits_task):
+    epochs: list[dict[str, float]] = []
+    still = Optimizer(name="sgd", learning_rate=1e-30, momentum=0.0, weight_decay=0.0, schedule="constant", warmup=0.0)
+    module, samples = small_network(), len(digits_task.train)
+    fit_briefly(module, digits_task.train, epochs=3, batch_size=samples // 5, optimizer=still, record=epochs.append)
+    with torch.no_grad():
+        losses = cross_entropy(module(*digits_task.train.inputs), digits_task.train.targets)
+    # five steps leave out at most four of 1,257 samples
+    assert epochs == [{"hard": pytest.approx(losses.mean().item(), rel=0.01)}] * 3
+    assert epochs[0] != epochs[1]
+
+
+def test_recorded_loss_falls_and_is_what_the_log_says(digits_task):
+    epochs, lines = [], []
+    fit_briefly(small_network(), digits_task.train, epochs=3, record=epochs.append, log=lines.append)
+    assert [epoch["hard"] for epoch in epochs] == sorted((epoch["hard"] for epoch in epochs), reverse=True)
+    assert lines == [f"epoch {i + 1}/3: hard {epoch['hard']:.4f}" for i, epoch in enumerate(epochs)]
+
+
+def masked(split: Samples, share: int = 3) -> Samples:
+    """Samples of which all but the first in every `share` do not count."""
+    uncounted = torch.arange(len(split)) % share > 0
+    return Samples(split.inputs, split.targets.masked_fill(uncounted, -100))
+
+
+def test_samples_that_do_not_count_are_as_if_left_out(digits_task):
+    split = Samples((digits_task.train.inputs[0][:300],), digits_task.train.targets[:300])
+    counted = Samples((split.inputs[0][::3],), split.targets[::3])
+    settings = {"epochs": 3, "optimizer": Optimizer(name="sgd", learning_rate=0.1)}
+    epochs: list[list[dict[str, float]]] = [[], []]
+    with_others = fit_briefly(small_network(), masked(split), batch_size=300, record=epochs[0].append, **settings)
+    alone = fit_briefly(small_network(), counted, batch_size=100, record=epochs[1].append, **settings)
+    torch.testing.assert_close(parameters(with_others), parameters(alone), rtol=0, atol=1e-6)  # float32 sums
+    for one, other in zip(*epochs, strict=True):
+        assert one["hard"] == pytest.approx(other["hard"], rel=1e-5)
+
+
+def test_batch_in_which_nothing_counts_moves_nothing(digits_task):
+    nothing = Samples(digits_task.train.inputs, torch.full_like(digits_task.train.targets, -100))
+    still = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
+    trained = fit_briefly(small_network(), nothing, optimizer=still)
+    assert torch.equal(parameters(trained), parameters(small_network()))
+
+
+def test_targets_that_are_no_classes_may_hold_any_number(digits_task):
+    targets = torch.where(digits_task.train.targets > 4, -100.0, digits_task.train.targets.float())
+    epochs: list[dict[str, float]] = []
+    still = Optimizer(name="sgd", learning_rate=1e-30, weight_decay=0.0)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    data = TrainingData(Samples(digits_task.train.inputs, targets))
+    settings = {"epochs": 1, "batch_size": len(targets), "optimizer": still, "seed": 0, "device": CPU}
+    loss = LabelLoss(lambda outputs, wanted: (outputs - wanted).square())
+    fit(module, loss, data, log=lambda _line: None, record=epochs.append, **settings)
+    expected = (module(*digits_task.train.inputs) - targets).square().mean().item()
+    assert epochs == [{"hard": pytest.approx(expected, rel=1e-5)}]
+
+
 DISTRIBUTED = """
 import sys
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
+from compressor import Samples, TorchModel
+from compressor.knowledge.distil import distil
+from compressor.knowledge.losses import Losses
+from compressor.plugins import Reference
+from compressor.stage import StageContext
+from compressor.training import Optimizer
+from dataclasses import replace
 from tests.conftest import digits_task
-from tests.test_training import fit_briefly, small_network
+from tests.test_training import fit_briefly, masked, small_network
+
+SGD = Optimizer(name="sgd", learning_rate=1e-2)
+directory = Path(sys.argv[1])
 task = digits_task.__wrapped__()
-trained = fit_briefly(small_network(), task.train, epochs=2, batch_size=64)
+
+
+def distilled(record, **losses):
+    student, teacher = (TorchModel.build(Reference(factory="tests.models:SequenceNetwork"), seed=i) for i in (0, 1))
+    unlabeled = Samples((task.validation.inputs[0],), torch.zeros(180))
+    return distil(
+        student.module, teacher, replace(task, unlabeled=unlabeled),
+        StageContext(teacher, torch.device("cpu"), 0, directory, lambda line: None, record),
+        losses=Losses.model_validate({"hint": {"layers": {"embedding": "query_key_value"}}, **losses}),
+        combine="mean_probability", unlabeled_share=0.25, epochs=2, batch_size=64, optimizer=SGD,
+    )
+
+
+fits = {
+    "plain": lambda record: fit_briefly(small_network(), task.train, epochs=2, batch_size=64, record=record),
+    # Of a batch of 4 often one sample counts, or none: the processes have unequal numbers.
+    "masked": lambda record: fit_briefly(
+        small_network(), masked(task.train, 5), epochs=1, batch_size=4, optimizer=SGD, record=record
+    ),
+    "hint": lambda record: distilled(record, kd={}, hard={}),
+    # The layers behind the hinted one have no gradient.
+    "hint_alone": distilled,
+}
+losses = {name: [] for name in fits}
+trained = {name: fit(losses[name].append) for name, fit in fits.items()}
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-save_file(trained.state_dict(), Path(sys.argv[1]) / f"rank{rank}.safetensors")
+for name, module in trained.items():
+    means = torch.tensor([list(epoch.values()) for epoch in losses[name]])
+    save_file({**module.state_dict(), "losses": means}, directory / f"{name}{rank}.safetensors")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_weights_of_one(tmp_path):
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def fits_of_one_and_two(tmp_path_factory) -> Path:
+    """Directories `one` and `two`, with what so many processes trained."""
+    directory = tmp_path_factory.mktemp("distributed")
+    script = directory / "train.py"
     script.write_text(DISTRIBUTED)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for command, name in (([sys.executable], "one"), (torchrun, "two")):
-        (tmp_path / name).mkdir()
-        subprocess.run([*command, str(script), str(tmp_path / name)], check=True, env=environment, timeout=240)
-    one = load_file(tmp_path / "one/rank0.safetensors")
+        (directory / name).mkdir()
+        subprocess.run([*command, str(script), str(directory / name)], check=True, env=environment, timeout=240)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["plain", "masked", "hint", "hint_alone"])
+def test_two_processes_give_the_weights_and_the_recorded_losses_of_one(fits_of_one_and_two, name):
+    one = load_file(fits_of_one_and_two / f"one/{name}0.safetensors")
     for rank in (0, 1):
-        other = load_file(tmp_path / f"two/rank{rank}.safetensors")
-        for name, tensor in one.items():
-            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6)  # the order of float32 sums differs
+        other = load_file(fits_of_one_and_two / f"two/{name}{rank}.safetensors")
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6)  # the order of float32 sums differs

@@ -1,19 +1,20 @@
-"""Train the model on the labels alone: for a model that comes without weights."""
+"""Train the model on the labels alone: one that comes without weights, or to fine-tune."""
 
 from typing import ClassVar, final
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from compressor.artifact import TorchModel
+from compressor.processes import launched
+from compressor.sampling import TrainingData, draws
 from compressor.stage import Stage, StageContext
-from compressor.task import Batch, Task
-from compressor.training import Optimizer, fit
+from compressor.task import Task
+from compressor.training import LabelLoss, Optimizer, fit
 
 
 @final
 class Training(Stage[TorchModel, TorchModel]):
-    """Train the model on the labels alone; its result is the baseline that the report compares with."""
+    """Train the model on the labels alone; as the first stage, its result is what the report compares with."""
 
     makes_baseline: ClassVar[bool] = True
 
@@ -21,23 +22,23 @@ class Training(Stage[TorchModel, TorchModel]):
     batch_size: int = Field(default=128, gt=0)
     optimizer: Optimizer = Optimizer()
 
+    def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:  # noqa: ARG002
+        """Return the model."""
+        draws(TrainingData(task.train), self.batch_size, launched)
+        return model
+
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return the model with trained weights."""
-
-        def losses(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-            return {"loss": task.loss(module(*batch.inputs), batch.targets)}
-
         trained = fit(
             model.module,
-            losses,
-            task.train,
-            weights={"loss": 1.0},
+            LabelLoss(task.loss),
+            TrainingData(task.train, augmentation=task.augmentation, seed=context.seed),
             epochs=self.epochs,
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             seed=context.seed,
             device=context.device,
             log=context.log,
-            augmentation=task.augmentation,
+            record=context.record,
         )
         return model.with_module(trained)
