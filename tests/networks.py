@@ -41,6 +41,35 @@ class ResidualNetwork(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class ResidualBlock(nn.Module):
+    """A convolution around which its input is added back, (N, 16, H, W) to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn(self.conv(x)))
+
+
+class StackedNetwork(nn.Module):
+    """Two stacks of equal blocks, which can lose blocks as well as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.stack1 = nn.Sequential(*(ResidualBlock() for _ in range(6)))
+        self.stack2 = nn.ModuleList(ResidualBlock() for _ in range(6))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stack1(self.stem(x))
+        for block in self.stack2:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
 class ConcatenatedNetwork(nn.Module):
     """Two branches whose channels are joined."""
 
@@ -92,6 +121,18 @@ class TiedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.second(F.relu(self.first(x.flatten(1))))))
+
+
+class ManyClassesNetwork(nn.Module):
+    """A linear layer to 5,000 classes, some far more likely than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 5000)
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
 
 
 def not_a_module() -> str:

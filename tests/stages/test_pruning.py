@@ -3,12 +3,12 @@ import torch
 from torch import nn
 
 from compressor.artifact import TorchModel
-from compressor.errors import StageError
+from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
 from compressor.stage import StageContext
 from compressor.stages.pruning.stage import MagnitudePruning
-from compressor.stages.pruning.structured import channels_kept, prune_channels
 from compressor.stages.training import Training
+from compressor.structured_pruning import channels_kept, prune_channels
 from compressor.task import evaluate
 from compressor.testing import check_stage
 from networks import (
@@ -156,3 +156,19 @@ def test_recovery_distils_from_the_baseline_and_regains_accuracy(digits_task, tm
 def test_magnitude_pruning_keeps_the_contract_of_a_stage(digits_task):
     model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
     check_stage(MagnitudePruning(pruning_ratio=0.5, recovery={"epochs": 1}), model, digits_task)
+
+
+def test_recovery_that_does_not_fit_the_models_is_refused_in_the_rehearsal(digits_task):
+    model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
+    recovery = {"epochs": 1, "losses": {"hint": {"layers": {"conv2": "conv3"}}}}
+    stage = MagnitudePruning.model_validate({"pruning_ratio": 0.5, "recovery": recovery})
+    with pytest.raises(InputError, match=r"a layer 'conv3', but has none; did you mean 'conv"):
+        stage.rehearse(model, model, digits_task)
+
+
+def test_rehearsal_gives_a_model_of_the_size_that_will_leave(digits_task, tmp_path):
+    model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
+    stage = MagnitudePruning(pruning_ratio=0.5)
+    rehearsed = stage.rehearse(model, model, digits_task)
+    pruned = stage.apply(model, digits_task, StageContext(model, torch.device("cpu"), 0, tmp_path, print))
+    assert rehearsed.edits == pruned.edits

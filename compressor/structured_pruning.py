@@ -46,7 +46,7 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, *, pruning_ratio: 
         path = root.name.split(" ")[0]
         scores = magnitude(group)
         kept = channels_kept(len(scores), pruning_ratio=pruning_ratio, round_to=round_to)
-        if kept < len(scores) and _makes_output(module, path, example_inputs, shape):
+        if kept < len(scores) and _makes_output(module, path, len(scores) - kept, example_inputs, shape):
             continue
         channels[path] = (kept, len(scores))
         if kept < len(scores):
@@ -111,11 +111,14 @@ def _group(graph: tp.DependencyGraph, layer: nn.Module, channels: Sequence[int])
     return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(channels))
 
 
-def _makes_output(module: nn.Module, path: str, example_inputs: Inputs, shape: torch.Size) -> bool:
-    """Whether the output would change its shape with the channels of the layer at `path`: tried on a copy."""
+def _makes_output(module: nn.Module, path: str, count: int, example_inputs: Inputs, shape: torch.Size) -> bool:
+    """Whether the output would change its shape with `count` channels of the layer at `path` less: tried on a copy.
+
+    With one channel less, attention that divides its channels among heads would not run.
+    """
     trial = copy.deepcopy(module).eval()
     graph = _dependency_graph(trial, example_inputs)
-    _group(graph, trial.get_submodule(path), [0]).prune()
+    _group(graph, trial.get_submodule(path), range(count)).prune()
     return _output_shape(trial, example_inputs) != shape
 
 

@@ -1,0 +1,1 @@
+"""Students learn from teachers, from their peers and from themselves."""
