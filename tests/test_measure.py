@@ -98,7 +98,7 @@ def test_accuracy_and_size_of_a_classifier_are_those_of_the_file_on_the_test_spl
     )
     features, labels = digits[0][1000:].numpy(), digits[1][1000:].numpy()
     hits = (features @ weight.T + bias).argmax(axis=1) == labels
-    measured = measure(classifier, task)
+    measured = measure(classifier, task).measurement
     assert measured.metrics == {"accuracy": hits.mean()}
     assert hits.mean() > 0.8  # it learned: an order mixed up would show
     assert measured.samples == 797
@@ -124,7 +124,71 @@ def test_metric_that_is_not_finite_is_refused(classifier: Path, task: Task):
 
 
 def test_measuring_twice_gives_the_same(classifier: Path, task: Task):
-    assert measure(classifier, task) == measure(classifier, task)
+    first, second = measure(classifier, task), measure(classifier, task)
+    assert first.measurement == second.measurement
+    np.testing.assert_equal(first.predictions, second.predictions)
+
+
+def test_what_a_classifier_says_of_each_test_sample_is_kept_in_order(
+    classifier: Path, task: Task, digits: tuple[Tensor, Tensor]
+):
+    weight, bias = sorted(
+        map(numpy_helper.to_array, onnx.load(classifier).graph.initializer), key=np.ndim, reverse=True
+    )
+    predictions = measure(classifier, task).predictions
+    assert predictions is not None
+    assert predictions.logits.dtype == np.float32
+    # float32 sums of 64 products in another order
+    np.testing.assert_allclose(predictions.logits, digits[0][1000:].numpy() @ weight.T + bias, atol=1e-4)
+    np.testing.assert_array_equal(predictions.targets, digits[1][1000:])
+
+
+class Counting(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Samples read one at a time, and how often each was."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.read = [0] * len(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read[index] += 1
+        return self.samples.inputs[0][index], self.samples.targets[index]
+
+
+def test_each_test_sample_is_read_and_run_once(classifier: Path, task: Task):
+    counting = Counting(task.test)
+    predictions = measure(classifier, replace(task, test=counting)).predictions
+    assert predictions is not None
+    np.testing.assert_array_equal(predictions.targets, task.test.targets)
+    assert counting.read == [1] * 797
+
+
+MEAN = Metric("mean", lambda outputs, _: outputs.double().mean().reshape(1), lambda sums: float(sums[0]))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param(torch.linspace(0, 1, 797), id="real"),
+        pytest.param(torch.arange(797), id="beyond-the-classes"),
+        pytest.param(torch.zeros(797, 10, dtype=torch.int64), id="several-labels"),
+        pytest.param(torch.zeros(797, dtype=torch.bool), id="truth-values"),
+    ],
+)
+def test_nothing_is_kept_for_a_task_that_is_no_classification(classifier: Path, task: Task, targets: Tensor):
+    other = replace(task, test=Samples(task.test.inputs, targets), metrics=(MEAN,))
+    measured = measure(classifier, other)
+    assert measured.predictions is None
+    assert measured.measurement.samples == 797
+
+
+def test_empty_test_split_is_refused(classifier: Path, task: Task):
+    empty = Samples((task.test.inputs[0][:0],), task.test.targets[:0])
+    with pytest.raises(InputError, match="must have samples, got 0"):
+        measure(classifier, replace(task, test=empty))
 
 
 class Convolutions(nn.Module):

@@ -38,10 +38,15 @@ def milliseconds(latency_ms: float) -> str:
     return f"{_three_digits(latency_ms)} ms"
 
 
+def share(part: float) -> str:
+    """A share in [0, 1] as a percentage."""
+    return f"{100 * part:.2f} %"
+
+
 def value(metric: MetricInfo, found: float) -> str:
     """The value of a metric with its unit; shares as percentages."""
     if metric.unit == "%":
-        return f"{100 * found:.2f} %"
+        return share(found)
     return f"{found:.4g} {printable(metric.unit)}".rstrip()
 
 

@@ -43,6 +43,15 @@ class MaxBytes(BaseModel):
     """Largest size that passes, in bytes, > 0."""
 
 
+class MinShare(BaseModel):
+    """A share that must be reached."""
+
+    model_config = _STRICT
+
+    min: float = Field(gt=0, le=1)
+    """Smallest share that passes, in (0, 1]; 0.98 means 98 % of the test samples."""
+
+
 class Gate(BaseModel):
     """Limits that the last row of a report must keep. Each has one direction, so an improvement never fails."""
 
@@ -58,6 +67,8 @@ class Gate(BaseModel):
     """Delivered file after gzip, in bytes."""
     size_bytes: MaxBytes | None = None
     """Delivered file with its external data, in bytes."""
+    agreement: MinShare | None = None
+    """Share of test samples for which the delivered classifier names the same class as the baseline."""
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Gate":
@@ -85,6 +96,8 @@ def judge(gate: Gate, report: Report) -> tuple[Verdict, ...]:
     if gate.size_bytes:
         found = report.rows[-1].measurement.size_bytes if report.rows else None
         verdicts.append(_judge_bytes("size_bytes", gate.size_bytes.max, found))
+    if gate.agreement:
+        verdicts.append(_judge_agreement(gate.agreement.min, report))
     return tuple(verdicts)
 
 
@@ -117,6 +130,18 @@ def _judge_bytes(metric: str, limit: int, found: int | None) -> Verdict:
     return Verdict(
         metric=metric, limit=wanted, status="unmet", message=f"{metric} must be {wanted}, got {found}: {over}"
     )
+
+
+def _judge_agreement(limit: float, report: Report) -> Verdict:
+    wanted = f">= {_figure(limit)}"
+    fidelity = report.rows[-1].fidelity if report.rows else None
+    if fidelity is None:
+        return _not_measured("agreement", wanted, "no agreement")
+    found = fidelity.agreement
+    if found >= limit:
+        return Verdict(metric="agreement", limit=wanted, status="met", message=f"agreement is {_figure(found)}")
+    message = f"agreement must be {wanted}, got {_figure(found, limit)}: {_figure(limit - found)} short"
+    return Verdict(metric="agreement", limit=wanted, status="unmet", message=message)
 
 
 def _judge_accuracy_drop(limit: float, report: Report) -> Verdict:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.report.figures import printable
-from compressor.report.records import Report
+from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
+from compressor.report.records import Preparation, Report, Row
 from compressor.report.remarks import headline, remarks, timing
 from compressor.report.table import cells
 
@@ -18,7 +19,9 @@ def to_markdown(report: Report) -> str:
         f"# {escape(report.pipeline)}\n\n{escape(headline(report))}",
         _table(cells(report)),
         _bullets(remarks(report)),
+        _section("What compression changed", _changes(report)),
         _section("Gate", _bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
+        _section("Training", _training(report)),
         _section("How it was measured", _method(report)),
         _section("Environment", _bullets(_facts(report.environment))),
         _section("How to reproduce it", _reproduction(report)),
@@ -44,6 +47,53 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = (f"| {' | '.join(map(escape, row))} |" for row in rows)
     rule = "|---" + "|--:" * (len(rows[0]) - 1) + "|"
     return "\n".join([head, rule, *body])
+
+
+def _changes(report: Report) -> str:
+    """The quality of a classifier; empty for other tasks and for a baseline alone."""
+    if not quality_cells(report):
+        return ""
+    classes, samples = class_cells(report), sample_cells(report)
+    parts = [
+        escape(summary(report)),
+        _table(quality_cells(report)),
+        _bullets(meanings(report)),
+        "The classes that lost most:" if classes else "No class is recognized less often than by the baseline.",
+        _table(classes) if classes else "",
+        "The samples whose class lost most probability, numbered from 0 in the order of the test split:"
+        if samples
+        else "No sample's class is less probable than to the baseline.",
+        _table(samples) if samples else "",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _training(report: Report) -> str:
+    """How each loss went down, and what was made ready for it; empty if no stage did either."""
+    parts = [_bullets([_readiness(preparation) for preparation in report.preparations])]
+    for row in report.rows:
+        if row.losses:
+            epochs = "1 epoch" if len(row.losses) == 1 else f"{len(row.losses)} epochs"
+            parts += [escape(f"{row.stage}, {epochs}; losses are means over an epoch, before their weights:")]
+            parts += [_table(_loss_cells(row))]
+    return "\n\n".join(filter(None, parts))
+
+
+def _readiness(preparation: Preparation) -> str:
+    seconds = f"{preparation.seconds:.1f} s"
+    if preparation.reused:
+        return f"{preparation.stage} was taken from the store; it took {seconds} when it ran."
+    return f"{preparation.stage} took {seconds}."
+
+
+def _loss_cells(row: Row) -> list[list[str]]:
+    """One row per loss, headings first; a loss that an epoch did not have is left empty there."""
+    first, last = row.losses[0], row.losses[-1]
+    values = [
+        [name, *(f"{epoch[name]:.4g}" if name in epoch else "" for epoch in (first, last))]
+        for name in {**first, **last}
+    ]
+    return [["loss", "first epoch", "last epoch"], *values]
 
 
 def _method(report: Report) -> str:

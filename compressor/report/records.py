@@ -29,6 +29,67 @@ class Measurement(BaseModel):
     """Length of the test split."""
 
 
+class Quality(BaseModel):
+    """How good a classifier is on the `test` split, its outputs read as logits (N, C). Shares are in [0, 1]."""
+
+    model_config = _FROZEN
+
+    samples: int
+    """Samples of the test split that count: those with the target -100 do not."""
+    top_k: Mapping[int, float]
+    """Share of samples whose class is among the k most probable, by k: 1 and, with more than 5 classes, 5."""
+    macro_f1: float
+    """F1 score, mean over the classes that occur among targets or predictions."""
+    per_class_accuracy: tuple[float | None, ...] | None
+    """Share of each class's samples that are right; None for a class without samples. None with over 1000 classes."""
+    expected_calibration_error: float
+    """Mean distance between confidence and accuracy, 15 bins of equal width (Guo et al. 2017)."""
+
+
+class ClassFall(BaseModel):
+    """A class whose samples are right less often than with the baseline."""
+
+    model_config = _FROZEN
+
+    target: int
+    """Index of the class."""
+    samples: int
+    """Samples of this class in the test split."""
+    baseline_accuracy: float
+    accuracy: float
+
+
+class SampleFall(BaseModel):
+    """A test sample whose class is less probable than with the baseline."""
+
+    model_config = _FROZEN
+
+    index: int
+    """Position in the test split, from 0."""
+    target: int
+    """Index of its class."""
+    baseline_predicted: int
+    predicted: int
+    baseline_probability: float
+    """Probability that the baseline gave `target`."""
+    probability: float
+
+
+class Fidelity(BaseModel):
+    """How true a classifier stays to the baseline on the `test` split."""
+
+    model_config = _FROZEN
+
+    agreement: float
+    """Share of samples, in [0, 1], for which both models name the same class."""
+    kl_divergence: float
+    """KL(baseline ‖ model) of the class probabilities at temperature 1, mean over samples, in nats."""
+    worst_classes: tuple[ClassFall, ...]
+    """Up to ten classes whose accuracy fell, the largest fall first."""
+    worst_samples: tuple[SampleFall, ...]
+    """Up to ten samples whose class lost probability, the largest fall first."""
+
+
 class Latency(BaseModel):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
 
@@ -70,11 +131,29 @@ class Row(BaseModel):
     model_file: str
     """The ONNX file that was measured, relative to the run directory."""
     measurement: Measurement
+    quality: Quality | None = None
+    """None for a task that is no classification: outputs (N, C), C >= 2, and integer targets (N,)."""
+    fidelity: Fidelity | None = None
+    """None for the baseline and wherever one of the two models has no `quality`."""
     latency: Latency | None
     seconds: float
     """What the stage took when it was computed."""
     reused: bool
     """Whether this run took the model from the store."""
+    losses: tuple[Mapping[str, float], ...] = ()
+    """Mean of each loss by name, epoch by epoch, if the stage trained."""
+
+
+class Preparation(BaseModel):
+    """A stage that kept the model and added something to it, such as soft labels."""
+
+    model_config = _FROZEN
+
+    stage: str
+    settings: Mapping[str, Any]
+    key: str
+    seconds: float
+    reused: bool
 
 
 class MetricInfo(BaseModel):
@@ -112,7 +191,10 @@ class Report(BaseModel):
     overrides: tuple[str, ...]
     """The `--set` arguments, as given."""
     metrics: tuple[MetricInfo, ...]
+    labels: tuple[str, ...] = ()
+    """Names of the classes in order of index; none if the task gives none, or more than 1000."""
     rows: tuple[Row, ...]
+    preparations: tuple[Preparation, ...] = ()
     latency_session: LatencySession | None
     environment: Mapping[str, Any]
     """Machine, versions, threads, seed."""

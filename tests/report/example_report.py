@@ -1,6 +1,19 @@
 """Reports to judge and to show: a chain of four rows, whose figures a test changes one at a time."""
 
-from compressor.report.records import Latency, LatencySession, Measurement, MetricInfo, Report, Row, Verdict
+from compressor.report.records import (
+    ClassFall,
+    Fidelity,
+    Latency,
+    LatencySession,
+    Measurement,
+    MetricInfo,
+    Preparation,
+    Quality,
+    Report,
+    Row,
+    SampleFall,
+    Verdict,
+)
 
 ACCURACY = MetricInfo(name="accuracy", unit="%", higher_is_better=True)
 LOSS = MetricInfo(name="loss", unit="nats", higher_is_better=False)
@@ -46,6 +59,10 @@ def row(
     )
 
 
+def prepared(stage: str = "soft_labels", *, reused: bool = False) -> Preparation:
+    return Preparation(stage=stage, settings={"views": 4}, key="1" * 64, seconds=12.34, reused=reused)
+
+
 def report(
     *rows: Row,
     metrics: tuple[MetricInfo, ...] = (ACCURACY,),
@@ -66,6 +83,42 @@ def report(
         environment={"cpu": "Example 9000", "cores": 2, "versions": {"onnxruntime": "1.22.0"}, "cpu_governor": None},
         verdicts=verdicts,
     )
+
+
+def quality(accuracy: float) -> Quality:
+    return Quality(
+        samples=9_990,
+        top_k={1: accuracy, 5: 0.9991},
+        macro_f1=accuracy - 0.001,
+        per_class_accuracy=(accuracy, None, 0.5, 0.25, 1.0, 0.0),
+        expected_calibration_error=0.0123,
+    )
+
+
+def fidelity(agreement: float = 0.9832) -> Fidelity:
+    return Fidelity(
+        agreement=agreement,
+        kl_divergence=0.04567,
+        worst_classes=(
+            ClassFall(target=1, samples=1_200, baseline_accuracy=0.95, accuracy=0.9),
+            ClassFall(target=7, samples=3, baseline_accuracy=2 / 3, accuracy=1 / 3),
+        ),
+        worst_samples=(
+            SampleFall(
+                index=4_711, target=1, baseline_predicted=1, predicted=0, baseline_probability=0.97, probability=0.02
+            ),
+        ),
+    )
+
+
+def classifiers(labels: tuple[str, ...] = ("cat", "dog"), lost: Fidelity | None = None) -> Report:
+    """A baseline classifier and the model that a run delivers in its place."""
+    baseline, delivered = row("training"), row("int8_ptq", size_bytes=25_000, timed=latency(4.0))
+    rows = (
+        baseline.model_copy(update={"quality": quality(0.99)}),
+        delivered.model_copy(update={"quality": quality(0.98), "fidelity": lost or fidelity()}),
+    )
+    return report(*rows).model_copy(update={"labels": labels})
 
 
 def chain() -> Report:

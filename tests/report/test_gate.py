@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from example_report import ACCURACY, LOSS, latency, report, row
+from example_report import ACCURACY, LOSS, classifiers, fidelity, latency, report, row
 from pydantic import ValidationError
 
 from compressor.report.gate import Gate, exit_code, judge
@@ -55,6 +55,25 @@ def test_a_metric_for_which_lower_is_better_drops_when_it_rises():
     rows = row("a", metrics={"loss": 0.2}), row("b", metrics={"loss": 0.5})
     assert one({"accuracy_drop": {"max": 0.1}}, *rows, metrics=(LOSS,)).status == "unmet"
     assert one({"accuracy_drop": {"max": 0.1}}, *reversed(rows), metrics=(LOSS,)).status == "met"
+
+
+@pytest.mark.parametrize(
+    ("agreement", "status", "message"),
+    [
+        (0.98, "met", "agreement is 0.98"),
+        (0.975, "unmet", "agreement must be >= 0.98, got 0.975: 0.005 short"),
+        (0.97999, "unmet", "agreement must be >= 0.98, got 0.97999: 1e-05 short"),
+    ],
+)
+def test_an_agreement_that_equals_its_limit_is_met_and_a_lower_one_says_by_how_much(agreement, status, message):
+    (verdict,) = judge(Gate(agreement={"min": 0.98}), classifiers(lost=fidelity(agreement)))
+    assert (verdict.status, verdict.message) == (status, message)
+
+
+def test_an_agreement_of_models_that_are_no_classifiers_is_undecidable():
+    verdict = one({"agreement": {"min": 0.98}}, row("a"), row("b"))
+    assert verdict.status == "undecidable"
+    assert verdict.message == "agreement must be >= 0.98, but no agreement was measured"
 
 
 def test_only_the_first_and_the_last_row_count():
@@ -119,6 +138,7 @@ def test_what_was_not_measured_is_undecidable():
         "accuracy_drop": {"max": 1.0},
         "transfer_bytes": {"max": 1},
         "size_bytes": {"max": 1},
+        "agreement": {"min": 1.0},
     }
     empty = report().model_copy(update={"rows": ()})
     verdicts = judge(Gate.model_validate(limits), empty)
@@ -155,6 +175,8 @@ def test_the_exit_code_puts_unmet_before_undecidable(statuses, code):
         {"size_bytes": {"min": 10}},
         {"size_bytes": {"max": 0}},
         {"size_ratio": {"min": 0}},
+        {"agreement": {"min": 98.0}},
+        {"agreement": {"max": 0.5}},
         {"size_ratio": {"min": True}},
         {"size_ratio": {"min": "60"}},
         {"latency_ratio": {"min": math.inf}},

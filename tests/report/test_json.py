@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from example_report import chain
+from example_report import chain, classifiers, prepared, report, row
 
 from compressor.errors import InputError
 from compressor.report.json import read_report, to_json
@@ -13,8 +13,33 @@ def written(path, **changes):
     return path
 
 
-def test_a_report_that_was_written_is_read_back_equal(tmp_path):
-    (tmp_path / "report.json").write_text(to_json(chain()))
+def distilled():
+    """A report with soft labels and a student that learned from them."""
+    student = row("distillation").model_copy(update={"losses": ({"kd": 0.5, "hard": 2.25}, {"kd": 0.125, "hard": 1.5})})
+    return report(row("training"), student).model_copy(update={"preparations": (prepared(),)})
+
+
+@pytest.mark.parametrize("found", [chain(), classifiers(), distilled()], ids=["chain", "classifiers", "distilled"])
+def test_a_report_that_was_written_is_read_back_equal(tmp_path, found):
+    (tmp_path / "report.json").write_text(to_json(found))
+    assert read_report(tmp_path / "report.json") == found
+
+
+def test_a_report_from_before_quality_was_measured_is_read(tmp_path):
+    document = json.loads(to_json(chain()))
+    del document["labels"]
+    for written_row in document["rows"]:
+        del written_row["quality"], written_row["fidelity"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert read_report(tmp_path / "report.json") == chain()
+
+
+def test_a_report_from_before_losses_and_preparations_were_kept_is_read(tmp_path):
+    document = json.loads(to_json(chain()))
+    del document["preparations"]
+    for written_row in document["rows"]:
+        del written_row["losses"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
     assert read_report(tmp_path / "report.json") == chain()
 
 
