@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from compressor.artifact import Artifact as Artifact
     from compressor.artifact import OnnxModel as OnnxModel
     from compressor.artifact import TorchModel as TorchModel
-    from compressor.losses import distillation_loss as distillation_loss
+    from compressor.knowledge.distil import distil as distil
+    from compressor.knowledge.losses import Losses as Losses
+    from compressor.knowledge.response import distillation_loss as distillation_loss
+    from compressor.sampling import TrainingData as TrainingData
     from compressor.stage import Stage as Stage
     from compressor.stage import StageContext as StageContext
     from compressor.task import Augmentation as Augmentation
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from compressor.task import Samples as Samples
     from compressor.task import Task as Task
     from compressor.task import accuracy as accuracy
+    from compressor.training import LabelLoss as LabelLoss
     from compressor.training import fit as fit
 
 _HOMES = {
@@ -26,6 +30,8 @@ _HOMES = {
     "Augmentation": "task",
     "Batch": "task",
     "Inputs": "task",
+    "LabelLoss": "training",
+    "Losses": "knowledge.losses",
     "Metric": "task",
     "OnnxModel": "artifact",
     "Samples": "task",
@@ -33,8 +39,10 @@ _HOMES = {
     "StageContext": "stage",
     "Task": "task",
     "TorchModel": "artifact",
+    "TrainingData": "sampling",
     "accuracy": "task",
-    "distillation_loss": "losses",
+    "distil": "knowledge.distil",
+    "distillation_loss": "knowledge.response",
     "fit": "training",
 }
 

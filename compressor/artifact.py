@@ -1,36 +1,44 @@
 """The models that stages pass on: a PyTorch module that can be rebuilt, or an ONNX file."""
 
 import copy
+import hashlib
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnxruntime
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+from compressor import soft_labels
 from compressor.errors import InputError, StageError
 from compressor.onnx_reading import external_files, load_graph
 from compressor.plugins import Reference, is_path
 from compressor.runtime import ERRORS, open_session
+from compressor.soft_labels import SoftLabels
 from compressor.task import Inputs
 
 
 class Edit(BaseModel):
-    """The sizes that a structural change gave one submodule: integer attributes and tensor shapes, by name."""
+    """What a structural change made of one submodule: the children that a stack kept, then sizes by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
+    children: tuple[str, ...] | None = None
+    """Names, before the edit, of the children that an `nn.Sequential` or `nn.ModuleList` keeps; then they count from 0.
+
+    Later edits name submodules as this one leaves them.
+    """
     attributes: Mapping[str, int | tuple[int, ...]] = {}
-    shapes: Mapping[str, tuple[int, ...]] = {}
+    shapes: Mapping[str, tuple[NonNegativeInt, ...]] = {}
 
 
 def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
@@ -41,7 +49,7 @@ def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
     """
     old, new = dict(before.named_modules()), dict(after.named_modules())
     if {path: type(module) for path, module in old.items()} != {path: type(module) for path, module in new.items()}:
-        msg = "edits describe sizes only: both modules must have the same submodules"
+        msg = "sizes can be compared only of modules with the same submodules"
         raise StageError(msg)
     edits = []
     for path, module in new.items():
@@ -57,18 +65,50 @@ def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
 
 
 def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> nn.Module:
-    """Return a copy of `module` with the sizes of `edits`; resized tensors hold zeros until weights are loaded."""
+    """Return a copy of `module` changed by `edits`, in order; resized tensors hold zeros until weights are loaded.
+
+    Raises InputError if an edit does not fit the module.
+    """
     edited = copy.deepcopy(module)
     for edit in edits:
-        submodule = edited.get_submodule(edit.path)
-        for name, size in edit.attributes.items():
-            setattr(submodule, name, size)
-        for name, shape in edit.shapes.items():
-            tensor = getattr(submodule, name)
-            resized = tensor.detach().new_zeros(shape)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(submodule, name, nn.Parameter(resized, tensor.requires_grad) if is_parameter else resized)
+        apply_edit_in_place(edited, edit)
     return edited
+
+
+def apply_edit_in_place(module: nn.Module, edit: Edit) -> None:
+    """Change `module` by `edit`; resized tensors hold zeros. Raises InputError if the edit does not fit."""
+    try:
+        submodule = module.get_submodule(edit.path)
+    except AttributeError as error:
+        msg = f"an edit must name a submodule of {type(module).__name__}, got {edit.path!r}: {error}"
+        raise InputError(msg) from error
+    if edit.children is not None:
+        _keep_children_in_place(submodule, edit.path, edit.children)
+    for name, size in edit.attributes.items():
+        setattr(submodule, name, size)
+    known = _shapes(submodule)
+    for name, shape in edit.shapes.items():
+        if name not in known:
+            msg = f"an edit of {edit.path} must resize tensors that it has ({', '.join(known) or 'none'}), got {name!r}"
+            raise InputError(msg)
+        tensor = getattr(submodule, name)
+        resized = tensor.detach().new_zeros(shape)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(submodule, name, nn.Parameter(resized, tensor.requires_grad) if is_parameter else resized)
+
+
+def _keep_children_in_place(stack: nn.Module, path: str, names: tuple[str, ...]) -> None:
+    if not isinstance(stack, nn.Sequential | nn.ModuleList):
+        msg = f"only nn.Sequential and nn.ModuleList can lose children, got {type(stack).__name__} at {path!r}"
+        raise InputError(msg)
+    # named_children would leave out a child that stands in the stack twice
+    children = dict(stack._modules)
+    if not names or [name for name in children if name in names] != list(names):
+        msg = f"the children kept of {path!r} must be some of {', '.join(children)}, in this order, got {list(names)}"
+        raise InputError(msg)
+    stack._modules.clear()
+    for position, name in enumerate(names):
+        stack.add_module(str(position), children[name])
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -105,6 +145,8 @@ class TorchModel:
     module: nn.Module
     factory: Reference
     edits: tuple[Edit, ...] = ()
+    soft_labels: SoftLabels | None = None
+    """What this very module answered to the training samples; other weights leave it behind."""
 
     @classmethod
     def build(cls, reference: Reference, *, seed: int) -> "TorchModel":
@@ -112,16 +154,26 @@ class TorchModel:
 
         Raises InputError if the factory gives no `nn.Module` or the weights do not fit it.
         """
-        factory = reference.without("weights_file")
-        module = _call(factory, seed=seed)
+        module = _call(reference.without("weights_file"), seed=seed)
         weights_file = reference.arguments.get("weights_file")
         if weights_file is not None:
             load_weights(module, weights_file)
-        return cls(module, factory)
+        return cls(module, _without_weights(reference))
 
     def with_module(self, module: nn.Module, *edits: Edit) -> "TorchModel":
-        """Return this model with other weights and, after further `edits`, other sizes."""
+        """Return this model with other weights and, after further `edits`, another structure."""
         return TorchModel(module.eval(), self.factory, self.edits + edits)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the outputs: factory with its arguments, paths aside, edits and every tensor."""
+        factory = Reference.model_validate(_without_arguments(self.factory.model_dump(), is_path))
+        recipe = _Recipe(factory=factory, edits=self.edits)
+        digest = hashlib.sha256(recipe.model_dump_json().encode())
+        for name, tensor in self.module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        return digest.hexdigest()
 
     def predict(self, inputs: Inputs) -> Tensor:
         """Outputs without gradient."""
@@ -130,10 +182,12 @@ class TorchModel:
         return outputs
 
     def save(self, directory: Path) -> None:
-        """Write `model.json` and `model.safetensors` into an existing directory."""
+        """Write `model.json`, `model.safetensors` and, if there are any, the soft labels into an existing directory."""
         recipe = _Recipe(factory=self.factory, edits=self.edits)
         (directory / "model.json").write_text(recipe.model_dump_json(indent=1))
         save_model(self.module, str(directory / "model.safetensors"))
+        if self.soft_labels is not None:
+            shutil.copyfile(self.soft_labels.path, directory / soft_labels.FILE_NAME)
 
     @classmethod
     def load(cls, directory: Path, *, among: Sequence[Reference] | None = None) -> "TorchModel":
@@ -142,11 +196,16 @@ class TorchModel:
         A directory that is not trusted could name any callable as its factory. With `among`, it must name one of
         these, paths aside, and that one is called. Raises InputError if it does not.
         """
-        recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
+        try:
+            recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
+        except ValidationError as error:
+            msg = f"{directory / 'model.json'} must describe a saved model, but: {error}"
+            raise InputError(msg) from error
         factory = recipe.factory if among is None else _one_of(among, recipe.factory, directory)
         module = apply_edits(_call(factory, seed=0), recipe.edits)
         load_weights(module, directory / "model.safetensors")
-        return cls(module, factory, recipe.edits)
+        labels = directory / soft_labels.FILE_NAME
+        return cls(module, factory, recipe.edits, SoftLabels.open(labels) if labels.exists() else None)
 
 
 @dataclass(frozen=True)
@@ -235,15 +294,31 @@ def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file
 
 
 def _one_of(references: Sequence[Reference], wanted: Reference, directory: Path) -> Reference:
-    def identity(reference: Reference) -> tuple[str, dict[str, object]]:
-        return reference.factory, {k: v for k, v in reference.arguments.items() if not is_path(k)}
-
+    identity = _without_arguments(wanted.model_dump(), is_path)
     for reference in references:
-        if identity(reference) == identity(wanted):
-            return reference.without("weights_file")
+        if _without_arguments(reference.model_dump(), is_path) == identity:
+            return _without_weights(reference)
     names = ", ".join(sorted({reference.factory for reference in references}))
     msg = f"the factory of {directory} must be one that the pipeline names ({names}), got {wanted.factory!r}"
     raise InputError(msg)
+
+
+def _without_weights(reference: Reference) -> Reference:
+    """Leave out the weights files, also of references among the arguments: a saved model has weights of its own."""
+    return Reference.model_validate(_without_arguments(reference.model_dump(), lambda name: name == "weights_file"))
+
+
+def _without_arguments(value: Any, is_left_out: Callable[[str], bool]) -> Any:
+    """Copy the plain form of a reference without some arguments of it and of the references nested in it."""
+    if isinstance(value, Mapping):
+        return {
+            name: _without_arguments(part, is_left_out)
+            for name, part in value.items()
+            if not ("factory" in value and is_left_out(name))
+        }
+    if isinstance(value, list | tuple):
+        return [_without_arguments(part, is_left_out) for part in value]
+    return value
 
 
 def _call(factory: Reference, *, seed: int) -> nn.Module:

@@ -127,13 +127,11 @@ def _order_problems(links: Sequence[_Link | None]) -> Iterator[Problem]:
     given: tuple[type, ...] | None = (load("compressor.artifact:TorchModel"),)
     giver = "the model factory"
     entered: list[tuple[str, tuple[type, ...]]] = []
-    for index, link in enumerate(links):
+    for link in links:
         if link is None:
             given = None
             continue
-        if link.stage_class.makes_baseline and index > 0:
-            yield link.place.problem(f"{link.name} makes the baseline, so it must be the first stage")
-        elif given is not None and not _fits(given, link.takes):
+        if given is not None and not _fits(given, link.takes):
             earlier = next((name for name, artifacts in reversed(entered) if _fits(artifacts, link.takes)), None)
             advice = f"; move it before {earlier}" if earlier else ""
             yield link.place.problem(

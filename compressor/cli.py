@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, ConfigError
 from compressor.report.gate import exit_code
 from compressor.report.json import read_report, to_json
 from compressor.report.table import to_table
@@ -28,6 +28,9 @@ _RUNS = click.option(
 )
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 _DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+
+_IS_MAIN = os.environ.get("RANK", "0") == "0"
+"""Under torchrun one process speaks for all."""
 
 
 class Interrupted(BaseException):
@@ -55,11 +58,9 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
 
     Ends with the path of the report. Exit codes: 0 done and gates met, 2 pipeline file, 3 gate unmet, 4 gate
     undecidable, 5 user's code or data, 6 stage, 7 machine, 8 directory in use, 130/143 interrupted.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        msg = "compress run is one process; under torchrun, call compressor.fit from a script of your own"
-        raise click.UsageError(msg)
 
+    Several processes share the training of each stage: torchrun --nproc-per-node 2 -m compressor run FILE
+    """
     import torch
 
     from compressor.config import load
@@ -70,6 +71,8 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
         pipeline = load(file, overrides)
         directory = runs / pipeline.name
         found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
+    if not _IS_MAIN:
+        return 0  # the main process tells; torchrun would end it while it prints
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
@@ -110,6 +113,24 @@ def report(directory: Path, *, as_json: bool) -> int:
 
 
 @compress.command()
+@_FILE
+@_OVERRIDES
+def layers(file: Path, overrides: tuple[str, ...]) -> int:
+    """List the layers of every model that a pipeline FILE names: what settings such as `layers` may say.
+
+    Each model runs once, on the example inputs of the task; N is the batch. Weights files are not read.
+    """
+    from compressor.config import load
+    from compressor.inspection import inspect_models, to_table
+    from compressor.plugins import beside
+
+    with beside(file.parent):
+        models = inspect_models(load(file, overrides))
+    click.echo("\n\n".join(to_table(model) for model in models))
+    return 0
+
+
+@compress.command()
 def stages() -> int:
     """List the stages that a pipeline file may name."""
     from compressor.plugins import describe_stages
@@ -133,7 +154,7 @@ def schema() -> int:
 def main() -> NoReturn:
     """Run the command line; end the process with the exit code of what happened."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("compressor").setLevel(logging.INFO)
+    logging.getLogger("compressor").setLevel(logging.INFO if _IS_MAIN else logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -142,7 +163,8 @@ def main() -> NoReturn:
         error.show()
         code = error.exit_code
     except CompressorError as error:
-        click.echo(f"error: {error}", err=True)
+        if _IS_MAIN or not isinstance(error, ConfigError):  # the others read the same file
+            click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except Interrupted as interruption:
         click.echo(f"{interruption}; the same command goes on from the last stored stage", err=True)

@@ -275,8 +275,12 @@ def _with_relative_paths(settings: Any, directory: Path) -> Any:
 
 def _reference_problems(root: Node) -> Iterator[Problem]:
     """What the source of the user's factories shows to be wrong with calling them; nothing is imported."""
+    outer: set[KeyPath] = set()
     for path, node in _references(root):
-        reference, _ = validate(Reference, node)
+        reference, problems = validate(Reference, node, path)
+        if any(path[:length] in outer for length in range(len(path))):
+            yield from problems  # the schema of the file says nothing of the arguments of a reference
+        outer.add(path)
         if reference is None:
             continue  # the schema of the file tells why
         # a model's weights are loaded after its factory has built it

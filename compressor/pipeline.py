@@ -1,13 +1,16 @@
 """`run`, the loop: each step is taken from the store or computed, measured and stored; then all are timed together."""
 
+import itertools
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressor.artifact import Artifact, OnnxModel, TorchModel
@@ -21,16 +24,21 @@ from compressor.outcome import record_end, recorded
 from compressor.plan import Step, data_fingerprints, remember, steps
 from compressor.plugins import beside, user_errors
 from compressor.preflight import check_model, check_reference, check_task
+from compressor.processes import gathered, processes, told
+from compressor.quality import MOST_LISTED_CLASSES, Predictions, classification, comparison
 from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Measurement, MetricInfo, Report, Row
+from compressor.report.records import Measurement, MetricInfo, Preparation, Report, Row
 from compressor.stage import StageContext
 from compressor.store import Entry, Store
 from compressor.task import Task
 
 logger = logging.getLogger("compressor")
+
+_BASELINE_OUTPUTS = "test_outputs.npy"
+"""What the baseline says of each test sample, float32 (N, C), in its entry."""
 
 
 def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
@@ -38,8 +46,14 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
 
     Leaves the delivered model, `report.json`, `report.md` and `outcome.json` in `directory`. Raises InputError for
     user code or data at fault, StageError, HostError, and LockedError while another run holds the directory.
+
+    Under torchrun every process calls this and gets the report: the main one runs the pipeline, the others take part in
+    the stages that it computes.
     """
     store = Store(directory)
+    if not processes(device).is_main_process:
+        with beside(pipeline.directory), user_errors(), memory_errors():
+            return _assist(_Run(pipeline, check_task(pipeline.task.call()), store, device))
     with store.lock(), recorded(directory), beside(pipeline.directory), user_errors(), memory_errors():
         task = check_task(pipeline.task.call())
         data = data_fingerprints(task)
@@ -51,6 +65,7 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
         write_atomically(directory / "report.md", to_markdown(report))
         write_atomically(directory / "report.json", to_json(report))
         record_end(directory, exit_code(report.verdicts))
+    told(report)
     return report
 
 
@@ -72,58 +87,127 @@ class _Obtained:
 def _obtain(chain: Sequence[Step], run: _Run) -> tuple[_Obtained, ...]:
     """Take each step from the store or compute it."""
     obtained: list[_Obtained] = []
+    run.store.clear_workspaces(keep={step.key for step in chain})
     for step in chain:
         entry = run.store.find(step.key)
         reused = entry is not None
         if entry is None:
             if all(before.reused for before in obtained):
                 _check_models(run)
-            entry = _compute(step, [before.entry for before in obtained], run)
+            entry = _compute(step, obtained, run)
         logger.info("%s: %s", step.name, "taken from the store" if reused else f"{entry.facts['seconds']:.1f} s")
         obtained.append(_Obtained(step, entry, reused))
     return tuple(obtained)
 
 
 def _check_models(run: _Run) -> None:
-    """Build every model that the pipeline names, so that one that does not fit is refused before any training."""
+    """Build every model and rehearse every stage that the pipeline names: what does not fit is refused at once."""
     model = TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
     check_model(model, run.task)
     for reference in run.pipeline.references:
         check_reference(reference, model, run.task, seed=run.pipeline.seed)
+    entering: Artifact | None = model
+    for position, planned in enumerate(run.pipeline.stages):
+        if entering is None:
+            break
+        try:
+            entering = planned.stage.rehearse(entering, model, run.task)
+        except (InputError, StageError) as error:
+            msg = f"stages.{position} ({planned.name}): {error}"
+            raise type(error)(msg) from error
+        if planned.stage.makes_baseline and position == 0 and isinstance(entering, TorchModel):
+            model = entering
 
 
-def _compute(step: Step, before: Sequence[Entry], run: _Run) -> Entry:
+def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
     logger.info("%s: running", step.name)
+    work_dir = run.store.workspace(step.key)
     with run.store.draft() as draft:
-        work_dir, artifact_dir = draft / "work", draft / "artifact"
-        work_dir.mkdir()
+        artifact_dir = draft / "artifact"
         artifact_dir.mkdir()
         start = time.perf_counter()
-        artifact = _apply(step, before, run, work_dir)
+        epochs: list[Mapping[str, float]] = []
+        artifact = _apply(told(_Order(step, *_inputs(before))), run, work_dir, epochs.append)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
-        shutil.rmtree(work_dir)
-        if isinstance(artifact, TorchModel):
-            onnx = to_onnx(artifact.module, run.task, draft / "model.onnx")
-        else:
-            onnx = OnnxModel.load(artifact_dir)
         facts = {
             "stage": step.name,
             "parts": step.parts,
             "artifact": type(artifact).__name__,
-            "model_file": str(onnx.path.relative_to(draft)),
-            "measurement": measure(onnx.path, run.task).model_dump(mode="json"),
             "seconds": seconds,
+            "losses": epochs,
         }
-        return run.store.commit(draft, step.key, facts)
+        if step.gives_model:
+            facts |= _measured(artifact, draft, [one.entry for one in before], run)
+        entry = run.store.commit(draft, step.key, facts)
+    run.store.clear_workspaces()
+    return entry
 
 
-def _apply(step: Step, before: Sequence[Entry], run: _Run, work_dir: Path) -> Artifact:
+def _measured(artifact: Artifact, draft: Path, before: Sequence[Entry], run: _Run) -> dict[str, Any]:
+    """Facts about the model in its ONNX form, a file of the draft."""
+    if isinstance(artifact, TorchModel):
+        onnx = to_onnx(artifact.module, run.task, draft / "model.onnx")
+    else:
+        onnx = OnnxModel.load(draft / "artifact")
+    measured = measure(onnx.path, run.task)
+    return {
+        "model_file": str(onnx.path.relative_to(draft)),
+        "measurement": measured.measurement.model_dump(mode="json"),
+        **_classifier_facts(measured.predictions, before, draft),
+    }
+
+
+def _classifier_facts(predictions: Predictions | None, before: Sequence[Entry], draft: Path) -> dict[str, Any]:
+    """Quality and, after the baseline, fidelity to it; the baseline leaves its outputs in its entry for that."""
+    if predictions is None:
+        return {}
+    facts: dict[str, Any] = {"quality": classification(predictions).model_dump(mode="json")}
+    if not before:
+        np.save(draft / _BASELINE_OUTPUTS, predictions.logits)
+    elif (file := before[0].directory / _BASELINE_OUTPUTS).exists():
+        baseline_logits = np.load(file, mmap_mode="r", allow_pickle=False)
+        if baseline_logits.shape == predictions.logits.shape:
+            facts["fidelity"] = comparison(baseline_logits, predictions).model_dump(mode="json")
+    return facts
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A step to compute, from the model that enters and the baseline; nothing enters the first."""
+
+    step: Step
+    model: Entry | None
+    reference: Entry | None
+
+
+def _inputs(before: Sequence[_Obtained]) -> tuple[Entry | None, Entry | None]:
+    """The model that enters, and the baseline, with what stages that keep the model have added to it."""
+    if not before:
+        return None, None
+    added = itertools.takewhile(lambda one: not one.step.gives_model, before[1:])
+    return before[-1].entry, [before[0], *added][-1].entry
+
+
+def _assist(run: _Run) -> Report:
+    """Take part in every step that the main process computes, until it has the report."""
+    while isinstance(order := told(None), _Order):
+        with tempfile.TemporaryDirectory() as work_dir:
+            _apply(order, run, Path(work_dir), lambda _means: None)
+    report: Report = order
+    return report
+
+
+def _apply(order: _Order, run: _Run, work_dir: Path, record: Callable[[Mapping[str, float]], None]) -> Artifact:
     """Give the step the model that the store holds, so that a resumed run computes from the same bytes."""
-    model = _load(before[-1], run) if before else TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
+    step = order.step
+    if order.model is None or order.reference is None:
+        model: Artifact = TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
+        reference = model
+    else:
+        model, reference = _load(order.model, run), _load(order.reference, run)
     if step.stage is None:
         return model
-    reference = _load(before[0], run) if before else model
     if not isinstance(reference, TorchModel):
         msg = f"the baseline must be a TorchModel, got {type(reference).__name__}"
         raise StageError(msg)
@@ -131,9 +215,9 @@ def _apply(step: Step, before: Sequence[Entry], run: _Run, work_dir: Path) -> Ar
     def log(line: str) -> None:
         logger.info("%s: %s", step.name, line)
 
-    artifact: Artifact = step.stage.apply(
-        model, run.task, StageContext(reference, run.device, run.pipeline.seed, work_dir, log)
-    )
+    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record)
+    artifact: Artifact = step.stage.apply(model, run.task, context)
+    gathered(None)  # the main process clears its work directory, from which another one may still be reading
     return artifact
 
 
@@ -154,24 +238,39 @@ def _model_file(entry: Entry) -> Path:
 
 def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
     pipeline, task = run.pipeline, run.task
-    files = [_model_file(one.entry) for one in obtained]
+    of_the_model: list[dict[str, Any]] = [{}] if obtained[0].step.stage is None else []
+    settings = dict(zip([one.step.key for one in obtained], of_the_model + pipeline.settings["stages"], strict=True))
+    models = [one for one in obtained if one.step.gives_model]
+    files = [_model_file(one.entry) for one in models]
     logger.info("timing %d models side by side", len(files))
     inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
     latencies, session = time_models(files, inputs=inputs)
-    of_the_model: list[dict[str, Any]] = [{}] if obtained[0].step.stage is None else []
-    stage_settings = of_the_model + pipeline.settings["stages"]
     rows = tuple(
         Row(
             stage=one.step.name,
-            settings=settings,
+            settings=settings[one.step.key],
             key=one.step.key,
             model_file=file.relative_to(run.store.root).as_posix(),
             measurement=Measurement.model_validate(one.entry.facts["measurement"]),
+            quality=one.entry.facts.get("quality"),
+            fidelity=one.entry.facts.get("fidelity"),
             latency=latency,
             seconds=one.entry.facts["seconds"],
             reused=one.reused,
+            losses=one.entry.facts.get("losses", ()),
         )
-        for one, settings, file, latency in zip(obtained, stage_settings, files, latencies, strict=True)
+        for one, file, latency in zip(models, files, latencies, strict=True)
+    )
+    preparations = tuple(
+        Preparation(
+            stage=one.step.name,
+            settings=settings[one.step.key],
+            key=one.step.key,
+            seconds=one.entry.facts["seconds"],
+            reused=one.reused,
+        )
+        for one in obtained
+        if not one.step.gives_model
     )
     report = Report(
         pipeline=pipeline.name,
@@ -181,9 +280,16 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
             MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
             for metric in task.metrics
         ),
+        labels=tuple(map(str, task.labels)) if len(task.labels) <= MOST_LISTED_CLASSES else (),
         rows=rows,
+        preparations=preparations,
         latency_session=session,
-        environment={**environment(), "device": run.device.type, "seed": run.pipeline.seed},
+        environment={
+            **environment(),
+            "device": run.device.type,
+            "training_threads": torch.get_num_threads(),
+            "seed": run.pipeline.seed,
+        },
         verdicts=(),
     )
     return report if pipeline.gate is None else report.model_copy(update={"verdicts": judge(pipeline.gate, report)})

@@ -13,7 +13,7 @@ from compressor.plugins import Reference, is_path, source_files, stage_names
 from compressor.report.environment import versions
 from compressor.stage import Stage
 from compressor.store import Store, content_key, differences
-from compressor.task import SPLITS, Samples, Task, fingerprint
+from compressor.task import Samples, Task, fingerprint
 
 BASELINE = "baseline"
 """Name of the step that gives a model which comes with its weights."""
@@ -29,6 +29,11 @@ class Step:
     key: str
     parts: Mapping[str, Any]
     """What the key is a hash of."""
+
+    @property
+    def gives_model(self) -> bool:
+        """Whether another model leaves than entered."""
+        return self.stage is None or not self.stage.keeps_model
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,11 @@ def remember(store: Store, data: Mapping[str, str], chain: Sequence[Step]) -> No
 
 def data_fingerprints(task: Task) -> dict[str, str]:
     """Fingerprint of each split by name, and of what else the task says in data."""
-    splits = {name: getattr(task, name) for name in SPLITS}
     axes = [{str(axis): name for axis, name in axes.items()} for axes in task.dynamic_axes or ()]
     said = {"labels": list(task.labels), "preprocessing": dict(task.preprocessing), "dynamic_axes": axes}
     examples = Samples(task.example_inputs, torch.zeros(len(task.example_inputs[0])))
     return {
-        **{name: fingerprint(split) for name, split in splits.items() if split is not None},
+        **task.fingerprints,
         "example_inputs": fingerprint(examples),
         "description": content_key(said),
     }
@@ -112,24 +116,27 @@ def _stage_parts(name: str, stage: Stage[Any, Any]) -> dict[str, Any]:
 
 
 def _settings(stage: Stage[Any, Any]) -> dict[str, Any]:
-    def content(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            if "factory" in value:
-                return _reference_parts(Reference.model_validate(value))
-            return {name: content(part) for name, part in value.items()}
-        if isinstance(value, list):
-            return [content(part) for part in value]
-        return value
-
-    settings: dict[str, Any] = content(stage.model_dump(mode="json"))
+    settings: dict[str, Any] = _content(stage.model_dump(mode="json"), directories=True)
     return settings
+
+
+def _content(value: Any, *, directories: bool) -> Any:
+    """Copy a setting with each reference in it, however deep, replaced by its parts."""
+    if isinstance(value, Mapping):
+        if "factory" in value:
+            return _reference_parts(Reference.model_validate(value), directories=directories)
+        return {name: _content(part, directories=directories) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(part, directories=directories) for part in value]
+    return value
 
 
 def _reference_parts(reference: Reference, *, directories: bool = True) -> dict[str, Any]:
     paths = {name: path for name, path in reference.arguments.items() if is_path(name) and isinstance(path, Path)}
+    others = {name: value for name, value in reference.arguments.items() if name not in paths}
     return {
         "factory": reference.factory,
-        "arguments": {name: value for name, value in reference.arguments.items() if name not in paths},
+        "arguments": _content(others, directories=directories),
         "code": _code(reference.factory),
         "files": {name: _tree_hash(path) for name, path in paths.items() if directories or path.is_file()},
     }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compressor.artifact import TorchModel
 from compressor.errors import InputError
 from compressor.plugins import Reference
-from compressor.task import SPLITS, Inputs, Split, Task, batches
+from compressor.task import SPLITS, Inputs, Split, Task, batches, uniform_numbers
 
 
 def check_task(task: object) -> Task:
@@ -15,15 +15,18 @@ def check_task(task: object) -> Task:
 
     Raises InputError naming the split and what differs.
     """
-    if not isinstance(task, Task):
-        msg = f"the task factory must return a compressor.Task, got {type(task).__name__}"
-        raise InputError(msg)
+    task = as_task(task)
     if any(len(tensor) < 2 for tensor in task.example_inputs):
         msg = "example_inputs must have a batch of at least 2: the exporter takes a 1 for a constant"
         raise InputError(msg)
     if not task.metrics:
         msg = "metrics must name at least one metric; the first is what gates call accuracy"
         raise InputError(msg)
+    try:
+        "".join(task.labels).encode()
+    except UnicodeEncodeError as error:
+        msg = f"labels must be text that UTF-8 can hold, for they are written into the model, but: {error}"
+        raise InputError(msg) from error
     wanted = _signature(task.example_inputs, task)
     for name in SPLITS:
         split = getattr(task, name)
@@ -32,16 +35,47 @@ def check_task(task: object) -> Task:
         if len(split) == 0:
             msg = f"the {name} split must have samples, got 0"
             raise InputError(msg)
-        found = _signature(next(batches(split, 1)).inputs, task)
+        try:
+            first = next(batches(split, 1))
+        except (ValueError, TypeError) as error:
+            hint = "; -100 will do as the target of an unlabeled one" if name == "unlabeled" else ""
+            msg = f"a sample of the {name} split must be (input, target){hint}, but: {error}"
+            raise InputError(msg) from error
+        found = _signature(first.inputs, task)
         if found != wanted:
             msg = f"samples of the {name} split must look like example_inputs, {wanted}, got {found}"
             raise InputError(msg)
+    _check_augmentation(task)
     shared = _digests(task.calibration) & _digests(task.test)
     # Real data has a few duplicates; a split that was not split has many.
     if len(shared) > 0.01 * len(task.calibration):
         msg = f"calibration must share no sample with test, got {len(shared)} in both; take it from the train split"
         raise InputError(msg)
     return task
+
+
+def as_task(task: object) -> Task:
+    """Return what a task factory gave. Raises InputError unless it is a task."""
+    if not isinstance(task, Task):
+        msg = f"the task factory must return a compressor.Task, got {type(task).__name__}"
+        raise InputError(msg)
+    return task
+
+
+def _check_augmentation(task: Task) -> None:
+    if task.augmentation is None:
+        return
+    inputs = next(batches(task.train, 2)).inputs
+    uniform = uniform_numbers(0, 0, range(len(inputs[0])), task.augmentation.numbers)
+    seen: object = task.augmentation.apply(inputs, uniform)
+    wanted = [str(len(inputs[0])), *_signature(inputs, task)]
+    found = [type(seen).__name__]
+    if isinstance(seen, tuple) and len(seen) == len(inputs) and all(isinstance(part, Tensor) for part in seen):
+        found = [str(len(seen[0])), *_signature(seen, task)]
+    if found != wanted:
+        names = ", ".join(wanted)
+        msg = f"augmentation must return a tuple of inputs like those it was given ({names}), got {', '.join(found)}"
+        raise InputError(msg)
 
 
 def _digests(split: Split) -> set[bytes]:

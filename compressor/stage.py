@@ -1,7 +1,7 @@
 """What a stage is: settings, and a function from one model to another."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -20,8 +20,10 @@ Out = TypeVar("Out", bound=Artifact, covariant=True)
 class StageContext:
     """What a stage cannot know by itself.
 
-    `reference` is the baseline: the default teacher. `work_dir` is an empty directory for files that the stage's result
-    consists of; nothing else the stage writes there is kept. `log` takes one line for people.
+    `reference` is the baseline: the default teacher. `work_dir` is a directory for files that the stage's result
+    consists of; nothing else the stage writes there is kept. It is empty, except that a stage that was cut off finds
+    again what it left there. `log` takes one line for people, `record` the mean of each loss over an epoch, by name,
+    which the report shows.
     """
 
     reference: TorchModel
@@ -29,6 +31,7 @@ class StageContext:
     seed: int
     work_dir: Path
     log: Callable[[str], None]
+    record: Callable[[Mapping[str, float]], None] = lambda _means: None
 
 
 class Stage(BaseModel, ABC, Generic[In, Out]):
@@ -46,7 +49,18 @@ class Stage(BaseModel, ABC, Generic[In, Out]):
     """Raised when the same settings would give another model."""
 
     makes_baseline: ClassVar[bool] = False
-    """Whether the result is what the report compares with; such a stage comes first."""
+    """Whether the result, if the stage comes first, is what the report compares with."""
+
+    keeps_model: ClassVar[bool] = False
+    """Whether the model leaves as it entered, with something added; such a stage has no row in the report."""
+
+    def rehearse(self, model: In, reference: TorchModel, task: Task) -> Out | None:  # noqa: ARG002  # as few stages do
+        """Do what can be done at once, so that a mistake shows before any time is spent.
+
+        `model` and `reference` are built like those that `apply` will get, with other weights. Returns a model built
+        like the one that will leave, or None if only the work itself can tell. Raises what `apply` would.
+        """
+        return None
 
     @abstractmethod
     def apply(self, model: In, task: Task, context: StageContext) -> Out:

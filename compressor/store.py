@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,6 +113,20 @@ class Store:
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # what a broken disk keeps, the next `lock` removes
 
+    def workspace(self, key: str) -> Path:
+        """Give the directory for what the next process is to find again if this one is killed on the way to `key`."""
+        directory = self.root / "work" / self._entry_directory(key).name
+        with host_errors(directory):
+            make_directory(directory)
+        return directory
+
+    def clear_workspaces(self, *, keep: Collection[str] = ()) -> None:
+        """Remove the workspaces of all keys but those in `keep`."""
+        with host_errors(self.root):
+            for directory in (self.root / "work").glob("*"):
+                if directory.name not in keep:
+                    shutil.rmtree(directory)
+
     def commit(self, draft: Path, key: str, facts: Mapping[str, Any]) -> Entry:
         """Turn `draft` into the entry of `key`, or return the entry that is there already.
 
@@ -158,7 +172,7 @@ class Store:
         return self.root / "stages" / key
 
     def _take_over(self) -> None:
-        for name in ("stages", "drafts", "quarantine"):
+        for name in ("stages", "drafts", "work", "quarantine"):
             if (self.root / name).is_symlink():
                 msg = f"{self.root / name} must be a directory, but it is a link; remove it"
                 raise InputError(msg)

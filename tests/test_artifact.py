@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor.artifact import TorchModel, apply_edits, load_weights, structural_edits
+from compressor.artifact import Edit, TorchModel, apply_edits, load_weights, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.stages.pruning.structured import prune_channels
+from compressor.structured_pruning import prune_channels
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")
@@ -47,6 +48,50 @@ def test_twice_pruned_model_reloads_in_a_fresh_process_with_equal_logits(tmp_pat
     images = digits_task.test.inputs[0][:32]
     assert model.module.conv1.out_channels == 6
     assert torch.equal(logits_of_a_fresh_process(tmp_path, images), model.predict((images,)))
+
+
+def test_model_that_lost_layers_and_channels_reloads_in_a_fresh_process_with_equal_logits(tmp_path, digits_task):
+    model = TorchModel.build(Reference(factory="networks:StackedNetwork"), seed=3)
+    fewer = Edit(path="stack1", children=("0", "2", "5")), Edit(path="stack2", children=("0", "5"))
+    model = model.with_module(apply_edits(model.module, fewer), *fewer)
+    model = pruned(model, digits_task.example_inputs, 0.5)
+    fewer_still = Edit(path="stack1", children=("0", "2"))
+    model = model.with_module(apply_edits(model.module, (fewer_still,)), fewer_still)
+    model.save(tmp_path)
+    images = digits_task.test.inputs[0][:32]
+    assert (len(model.module.stack1), len(model.module.stack2), model.module.stem.out_channels) == (2, 2, 8)
+    assert torch.equal(logits_of_a_fresh_process(tmp_path, images), model.predict((images,)))
+
+
+def test_children_that_a_stack_keeps_are_renumbered_and_the_given_module_keeps_all():
+    relu = nn.ReLU()
+    stack = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 4))
+    edited = apply_edits(stack, (Edit(path="", children=("0", "1", "3", "4")),))
+    assert [name for name, _ in edited.named_children()] == ["0", "1", "3"]  # one ReLU stands in it twice
+    assert torch.equal(edited(torch.eye(4)), stack[4](relu(stack[0](torch.eye(4)))))
+    assert len(stack) == 5
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        pytest.param({"path": "layer4"}, "must name a submodule of CifarResNet, got 'layer4'", id="unknown-path"),
+        pytest.param({"path": "conv1", "children": ["0"]}, "can lose children, got Conv2d at 'conv1'", id="no-stack"),
+        pytest.param({"path": "layer1", "children": []}, "must be some of 0, 1, in this order, got ", id="none"),
+        pytest.param({"path": "layer1", "children": ["2"]}, "must be some of 0, 1, .*'2'", id="unknown-child"),
+        pytest.param({"path": "layer1", "children": ["0", "0"]}, "must be some of", id="child-twice"),
+        pytest.param({"path": "layer1", "children": ["1", "0"]}, "in this order", id="other-order"),
+        pytest.param({"path": "layer1", "children": 3}, r"model\.json must describe a saved model", id="no-list"),
+        pytest.param({"path": "conv1", "shapes": {"forward": [3]}}, r"\(weight\), got 'forward'", id="no-tensor"),
+        pytest.param({"path": "conv1", "shapes": {"weight": [-1]}}, r"model\.json must describe", id="negative"),
+    ],
+)
+def test_saved_edit_that_does_not_fit_the_factory_is_refused(tmp_path, edit, message):
+    TorchModel.build(Reference(factory="models:CifarResNet", blocks=2), seed=0).save(tmp_path)
+    recipe = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**recipe, "edits": [edit]}))
+    with pytest.raises(InputError, match=message):
+        TorchModel.load(tmp_path)
 
 
 @pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])

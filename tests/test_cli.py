@@ -34,7 +34,15 @@ def test_command_answers_without_torch_in_half_a_second_of_cpu(arguments):
 def test_stages_are_listed_with_what_they_do():
     lines = compress("stages").stdout.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names == ["distillation", "int8_ptq", "magnitude_pruning", "onnx_export", "training"]
+    assert names == [
+        "distillation",
+        "int8_ptq",
+        "magnitude_pruning",
+        "mutual_learning",
+        "onnx_export",
+        "soft_labels",
+        "training",
+    ]
     assert all(len(line.split()) > 5 for line in lines)
 
 
@@ -72,3 +80,23 @@ def test_unknown_command_exits_2():
 
 def test_committed_schema_is_what_the_command_prints():
     assert compress("schema").stdout == (ROOT / "pipelines/pipeline.schema.json").read_text()
+
+
+def test_layers_of_every_model_of_a_pipeline_are_listed():
+    finished = compress("layers", "pipelines/digits.yaml")
+    assert finished.returncode == 0, finished.stderr
+    teacher, student = finished.stdout.split("\n\n")
+    assert teacher.splitlines()[0] == "digits:teacher: 251,098 parameters"
+    assert student.splitlines()[0] == "digits:student: 28,410 parameters"
+    (line,) = [line for line in student.splitlines() if line.startswith("8.conv1 ")]
+    assert line.split(maxsplit=2) == ["8.conv1", "Conv2d", "(N, 32, 4, 4)       9,216"]
+
+
+def test_layers_of_a_model_that_does_not_run_exit_5(tmp_path):
+    code = (ROOT / "pipelines/digits.py").read_text().replace("nn.Conv2d(1, width", "nn.Conv2d(3, width")
+    (tmp_path / "digits.py").write_text(code)
+    (tmp_path / "digits.yaml").write_text((ROOT / "pipelines/digits.yaml").read_text())
+    finished = compress("layers", str(tmp_path / "digits.yaml"))
+    assert finished.returncode == 5
+    assert "error: Sequential must run on example_inputs, but: RuntimeError" in finished.stderr
+    assert "Traceback" not in finished.stderr

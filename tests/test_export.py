@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import OnnxModel, Samples, Task
-from compressor.errors import StageError
+from compressor import Augmentation, OnnxModel, Samples, Task
+from compressor.errors import InputError, StageError
 from compressor.export import to_onnx
+from compressor.preflight import check_task
 from tests.models import (
     AttentionOfRankThree,
     BranchingNetwork,
@@ -199,3 +200,20 @@ def test_failed_export_prints_nothing(digits_task: Task, tmp_path: Path, capfd: 
 
 def shape(value: onnx.ValueInfoProto) -> list[str | int]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def test_label_that_utf_8_cannot_hold_is_refused_before_any_work(digits_task: Task) -> None:
+    with pytest.raises(InputError, match="labels must be text that UTF-8 can hold"):
+        check_task(replace(digits_task, labels=("cat", "\ud800")))
+
+
+def test_augmentation_that_gives_no_inputs_is_refused_before_any_work(digits_task: Task) -> None:
+    for wrong in (lambda inputs, _: inputs[0], lambda inputs, _: (inputs[0][:1],), lambda inputs, _: inputs * 2):
+        with pytest.raises(InputError, match="augmentation must return a tuple of inputs like those it was given"):
+            check_task(replace(digits_task, augmentation=Augmentation(1, wrong)))
+
+
+def test_unlabeled_samples_without_a_target_are_refused_with_advice(digits_task: Task) -> None:
+    images = torch.utils.data.TensorDataset(digits_task.train.inputs[0])
+    with pytest.raises(InputError, match="-100 will do as the target of an unlabeled one"):
+        check_task(replace(digits_task, unlabeled=images))

@@ -7,8 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from onnxruntime import InferenceSession
+from sklearn.datasets import load_digits
+from sklearn.metrics import f1_score
 
 from compressor.config import load
 from compressor.errors import InputError, LockedError
@@ -46,7 +50,7 @@ def task(samples=900):
 
     return Task(
         train=split(0, samples), validation=split(900, 1200), test=split(1200, 1797), calibration=split(0, 128),
-        example_inputs=(images[:2],),
+        example_inputs=(images[:2],), labels=("zero", *"123456789"),
     )
 """
 
@@ -115,6 +119,35 @@ def test_chain_ends_in_a_small_int8_file_that_runs(finished):
     assert last.metrics["accuracy"] > 0.5
     assert [verdict.status for verdict in report.verdicts] == ["met"]
     assert json.loads((directory / "outcome.json").read_text())["exit_code"] == 0
+
+
+def test_report_tells_how_true_each_model_stays_to_the_baseline(finished):
+    _, directory = finished
+    report = read_report(directory / "report.json")
+    rows = report.rows
+    assert report.labels == ("zero", *"123456789")
+    digits = load_digits()
+    images, targets = (digits.images[1200:] / 16).astype(np.float32)[:, None], digits.target[1200:]
+    answers = []
+    for row in rows:
+        session = InferenceSession(directory / row.model_file, providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {session.get_inputs()[0].name: images})[0].argmax(axis=1))
+    for row, answer in zip(rows, answers, strict=True):
+        assert row.quality.top_k[1] == row.measurement.metrics["accuracy"] == (answer == targets).mean()
+        assert row.quality.macro_f1 == pytest.approx(f1_score(targets, answer, average="macro"))
+    assert rows[0].fidelity is None
+    assert [row.fidelity.agreement for row in rows[1:]] == [(answer == answers[0]).mean() for answer in answers[1:]]
+    assert rows[-1].fidelity.kl_divergence > 0
+    assert rows[-1].fidelity == rows[-2].fidelity  # the export delivers the quantized model
+    assert "## What compression changed" in (directory / "report.md").read_text()
+
+
+def test_only_the_baseline_keeps_its_outputs(finished):
+    _, directory = finished
+    baseline, *_ = read_report(directory / "report.json").rows
+    (kept,) = directory.glob("stages/*/test_outputs.npy")
+    assert kept.parent.name == baseline.key
+    assert np.load(kept, allow_pickle=False).shape == (597, 10)
 
 
 def test_second_run_takes_every_stage_from_the_store_and_delivers_the_same_bytes(copy):

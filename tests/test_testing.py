@@ -11,7 +11,9 @@ from torch import nn
 from compressor.artifact import OnnxModel, TorchModel
 from compressor.plugins import Reference
 from compressor.stage import Stage, StageContext
-from compressor.stages.distillation import Distillation
+from compressor.stages.distillation.mutual import MutualLearning
+from compressor.stages.distillation.soft_labels import SoftLabels
+from compressor.stages.distillation.stage import Distillation
 from compressor.stages.onnx_export import OnnxExport
 from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.training import Training
@@ -109,7 +111,11 @@ def test_installed_stage_keeps_the_contract(site, tmp_path):
     "stage",
     [
         pytest.param(Training(epochs=1), id="training"),
+        pytest.param(SoftLabels(), id="soft_labels"),
         pytest.param(Distillation(student=PLAIN, epochs=1), id="distillation"),
+        pytest.param(Distillation(width=0.5, epochs=1), id="distillation-width"),
+        pytest.param(Distillation(epochs=1, generations=2), id="distillation-born-again"),
+        pytest.param(MutualLearning(students=(PLAIN, PLAIN), epochs=1), id="mutual_learning"),
         pytest.param(Int8Ptq(calibration_samples=64), id="int8_ptq"),
         pytest.param(OnnxExport(), id="onnx_export"),
     ],

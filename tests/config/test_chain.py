@@ -19,13 +19,6 @@ from compressor.config import load
             ["8:12: quantize takes TorchModel, but export gives OnnxModel; move it before quantize"],
         ),
         (
-            ["{stage: prune, pruning_ratio: 0.5}", "{stage: train, epochs: 2}", "{stage: train, epochs: 2}"],
-            [
-                "6:13: train makes the baseline, so it must be the first stage",
-                "7:13: train makes the baseline, so it must be the first stage",
-            ],
-        ),
-        (
             ["stage: quantize", "{stage: prune, pruning_ratio: 2}"],
             [
                 "6:13: prune takes TorchModel, but quantize gives OnnxModel; move it before quantize",

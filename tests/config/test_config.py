@@ -120,7 +120,6 @@ seed: 2
         "9:16: unknown key 'epoch' in stages.0.recovery; did you mean 'epochs'?",
         "9:41: unknown key 'temprature' in stages.0.recovery.losses.kd; did you mean 'temperature'?",
         "9:65: stages.0.recovery.sizes must have at most 2 items, got [1, 2, 3]",
-        "10:12: train makes the baseline, so it must be the first stage",
         "11:13: stages.1.epochs must be an integer, got 20.0",
         "12:12: unknown stage 'prun'; did you mean 'prune'?",
         "13:5: stages.3 needs the key 'stage'",
