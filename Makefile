@@ -31,14 +31,18 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.examples
 
-# The committed numbers. MNIST is a directory with train.npz and test.npz.
+# The committed numbers. MNIST is a directory with train.npz and test.npz; CIFAR10 has train/CLASS/*.jpg and test/.
 MNIST ?= ../shared/data/mnist
+CIFAR10 ?= ../shared/data/cifar10_jpeg
+RESNET56 ?= ../shared/data/weights/resnet56_cifar10.safetensors
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/headline.py pipelines/digits.yaml
 	$(BIN)/python benchmarks/startup.py runs/digits pipelines/digits.yaml
 	$(BIN)/python benchmarks/headline.py pipelines/mnist.yaml --set task.data_dir=$(MNIST)
+	$(BIN)/python benchmarks/distillation.py $(CIFAR10) $(RESNET56)
+	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(RESNET56)
 
 clean:
 	rm -rf $(VENV) runs
