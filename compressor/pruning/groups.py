@@ -1,0 +1,150 @@
+"""A group of coupled units, and a module without some of them: pure bookkeeping of tensors and sizes."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import StageError
+from compressor.task import Inputs
+
+Units: TypeAlias = Sequence[int]
+"""Positions of units in their group."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tensor that loses entries with every unit of a group."""
+
+    path: str
+    """Of the submodule that holds the tensor."""
+    name: str
+    """Of the parameter or buffer in it."""
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+    """Positions along `dim` that leave with each unit; equally many for all."""
+    reads: bool = False
+    """Whether these entries multiply what the units make: with zeros there, the units have no effect."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """An integer attribute, or a part of a tuple of them, that falls by `per_unit` with every unit."""
+
+    path: str
+    name: str
+    per_unit: int
+    position: int | None = None
+    """Of the number in a tuple; None for an attribute that is an integer itself."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one, each with all that depends on it."""
+
+    path: str
+    """The layer that makes the units; names the group."""
+    units: int
+    members: tuple[Member, ...]
+    sizes: tuple[Size, ...]
+    kind: Literal["channels", "heads"] = "channels"
+    channels_per_unit: int = 1
+    """Rows of the layer at `path` that leave with a unit: more than one for heads and grouped convolutions."""
+    exact: bool = True
+    """Whether a removed unit acts on the rest as a silent one; not where a normalization averages over units."""
+
+
+Plan: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Units to remove, by the path of their group."""
+
+
+def without(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
+    """Return a copy of `module` in evaluation mode without the units of `plan`; tensors are cut, sizes follow.
+
+    Raises StageError if a group would keep no unit.
+    """
+    entries: dict[tuple[str, str, int], set[int]] = defaultdict(set)
+    falls: dict[tuple[str, str, int | None], int] = defaultdict(int)
+    for group in groups:
+        removed = plan.get(group.path, ())
+        if len(removed) >= group.units:
+            msg = f"{group.path} must keep one of its {group.units} {group.kind}, but all are to be removed"
+            raise StageError(msg)
+        for member in group.members:
+            entries[member.path, member.name, member.dim].update(_entries(member, removed))
+        for size in group.sizes:
+            falls[size.path, size.name, size.position] += size.per_unit * len(removed)
+    smaller = copy.deepcopy(module).eval()
+    for (path, name, dim), gone in entries.items():
+        if gone:
+            _cut_in_place(smaller.get_submodule(path), name, dim, gone)
+    for (path, name, position), fall in falls.items():
+        if fall:
+            _shrink_in_place(smaller.get_submodule(path), name, position, fall)
+    return smaller
+
+
+def silenced(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
+    """Return a copy of `module` in evaluation mode in which nothing reads the units of `plan`: of equal size."""
+    silent = copy.deepcopy(module).eval()
+    for group in groups:
+        for member in group.members:
+            if member.reads:
+                tensor = getattr(silent.get_submodule(member.path), member.name)
+                gone = torch.tensor(sorted(_entries(member, plan.get(group.path, ()))), dtype=torch.long)
+                tensor.data.index_fill_(member.dim, gone, 0)
+    return silent
+
+
+def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:
+    """Raise StageError unless both modules give the same outputs, to a relative error of `tolerance` (root mean square).
+
+    float32 sums in another order differ by about 1e-6; a wrong entry cut shows as a part of the output itself.
+    """
+    found, wanted = run(smaller, example_inputs), run(silent, example_inputs)
+    error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
+    if not error <= tolerance:
+        msg = (
+            f"a model without channels must answer like one in which nothing reads them, but its outputs differ by "
+            f"{error:.2g} of their size; a layer uses its channels in a way that the graph does not show: protect it"
+        )
+        raise StageError(msg)
+
+
+def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
+    """Outputs without gradient. Raises StageError if the module does not run."""
+    with torch.no_grad():
+        try:
+            outputs: Tensor = module(*example_inputs)
+        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+            msg = (
+                f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward? "
+                "Protect the layer in front of it"
+            )
+            raise StageError(msg) from error
+    return outputs
+
+
+def _entries(member: Member, units: Units) -> set[int]:
+    return set(chain.from_iterable(member.index[unit] for unit in units))
+
+
+def _cut_in_place(submodule: nn.Module, name: str, dim: int, gone: set[int]) -> None:
+    tensor = getattr(submodule, name)
+    kept = torch.tensor([entry for entry in range(tensor.shape[dim]) if entry not in gone], dtype=torch.long)
+    smaller = tensor.detach().index_select(dim, kept.to(tensor.device))
+    is_parameter = isinstance(tensor, nn.Parameter)
+    setattr(submodule, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller)
+
+
+def _shrink_in_place(submodule: nn.Module, name: str, position: int | None, fall: int) -> None:
+    size = getattr(submodule, name)
+    if position is None:
+        setattr(submodule, name, size - fall)
+    else:
+        setattr(submodule, name, tuple(part - fall * (place == position) for place, part in enumerate(size)))
