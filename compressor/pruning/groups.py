@@ -110,8 +110,8 @@ def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *
     error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
     if not error <= tolerance:
         msg = (
-            f"a model without channels must answer like one in which nothing reads them, but its outputs differ by "
-            f"{error:.2g} of their size; a layer uses its channels in a way that the graph does not show: protect it"
+            f"without channels a model must answer as if nothing read them, but its outputs differ by {error:.2g} of "
+            "their size: something uses these channels in a way that cannot be followed"
         )
         raise StageError(msg)
 
@@ -122,10 +122,7 @@ def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
         try:
             outputs: Tensor = module(*example_inputs)
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-            msg = (
-                f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward? "
-                "Protect the layer in front of it"
-            )
+            msg = f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward?"
             raise StageError(msg) from error
     return outputs
 

@@ -1,0 +1,122 @@
+"""How many units each group loses, and so which: from a share of all channels to a plan."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import nn
+
+from compressor.pruning.criteria import Scores
+from compressor.pruning.groups import Group, Plan
+
+Allocation: TypeAlias = Literal["uniform", "global", "isomorphic"]
+"""`uniform`: every group loses the same share; `global`: the units with the smallest scores of all, each score divided
+by its group's mean; `isomorphic`: the same share of every class of groups built alike, ranked within the class."""
+
+_LEAST_KEPT = 0.1
+"""Share of units that a group keeps whatever their scores: a ranking over groups could all but close one."""
+
+
+def units_kept(units: int, *, pruning_ratio: float, step: int) -> int:
+    """Multiple of `step` nearest to (1 - `pruning_ratio`) * `units`, at least one, at most `units`."""
+    return min(units, max(1, round(units * (1 - pruning_ratio) / step)) * step)
+
+
+def step_of(group: Group, round_to: int) -> int:
+    """Units that must leave together so that `round_to` divides the channels left; one head at a time."""
+    return 1 if group.kind == "heads" else round_to // math.gcd(round_to, group.channels_per_unit)
+
+
+def plan(
+    allocation: Allocation,
+    module: nn.Module,
+    groups: Sequence[Group],
+    scores: Scores,
+    *,
+    pruning_ratio: float,
+    round_to: int,
+) -> Plan:
+    """Choose the units to remove, a share `pruning_ratio` in (0, 1) of all channels as near as `round_to` allows.
+
+    A larger ratio removes the same units and more. Units with equal scores leave in their order.
+    """
+    if allocation == "uniform":
+        return uniform(groups, scores, pruning_ratio=pruning_ratio, round_to=round_to)
+    if allocation == "global":
+        relative = {path: score / score.mean().clamp(min=1e-30) for path, score in scores.items()}
+        return ranked(groups, relative, pruning_ratio=pruning_ratio, round_to=round_to)
+    classes: dict[object, list[Group]] = defaultdict(list)
+    for group in groups:
+        classes[_structure(module, group)].append(group)
+    parts = [ranked(alike, scores, pruning_ratio=pruning_ratio, round_to=round_to) for alike in classes.values()]
+    return {path: units for part in parts for path, units in part.items()}
+
+
+def uniform(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, round_to: int) -> Plan:
+    """Remove the same share of every group's units: those with the smallest scores."""
+    return by_ratios(dict.fromkeys((group.path for group in groups), pruning_ratio), groups, scores, round_to=round_to)
+
+
+def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scores, *, round_to: int) -> Plan:
+    """Remove from each group the share of its units, in [0, 1), that `ratios` gives by its path."""
+    removed = {}
+    for group in groups:
+        kept = units_kept(group.units, pruning_ratio=ratios[group.path], step=step_of(group, round_to))
+        removed[group.path] = _ascending(scores, group)[: group.units - kept]
+    return removed
+
+
+class _Slice(NamedTuple):
+    """Units of one group that leave together so that a multiple of the step is left."""
+
+    score: float
+    order: int
+    """Of the group, then in the group: equal scores leave in this order."""
+    position: int
+    path: str
+    units: tuple[int, ...]
+    channels: int
+
+
+def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, round_to: int) -> Plan:
+    """Remove the units with the smallest scores of all groups together, in slices that keep `round_to`."""
+    slices = sorted(piece for order, group in enumerate(groups) for piece in _slices(group, scores, order, round_to))
+    wanted = pruning_ratio * sum(group.units * group.channels_per_unit for group in groups)
+    removed: dict[str, tuple[int, ...]] = {group.path: () for group in groups}
+    total = 0
+    for piece in slices:
+        if total + piece.channels / 2 > wanted:
+            break
+        removed[piece.path] += piece.units
+        total += piece.channels
+    return removed
+
+
+def _slices(group: Group, scores: Scores, order: int, round_to: int) -> Sequence[_Slice]:
+    step = step_of(group, round_to)
+    ascending = _ascending(scores, group)
+    least = max(step, math.ceil(group.units * _LEAST_KEPT / step) * step)
+    first = group.units % step or step  # what is above a multiple leaves first
+    starts = [0, *range(first, group.units, step)]
+    found = []
+    for start, stop in zip(starts, [*starts[1:], group.units], strict=True):
+        if group.units - stop < least:
+            break
+        units = ascending[start:stop]
+        score = float(scores[group.path][list(units)].mean())
+        found.append(_Slice(score, order, start, group.path, units, len(units) * group.channels_per_unit))
+    return found
+
+
+def _ascending(scores: Scores, group: Group) -> tuple[int, ...]:
+    return tuple(scores[group.path].argsort(stable=True).tolist())
+
+
+def _structure(module: nn.Module, group: Group) -> tuple[object, ...]:
+    """What two groups must share to be ranked together (isomorphic pruning, Fang et al. 2024, arXiv 2407.04616)."""
+    layers = sorted(
+        (type(module.get_submodule(member.path)).__name__, member.name, member.dim, member.reads)
+        for member in group.members
+    )
+    return (group.kind, group.units, group.channels_per_unit, tuple(layers))

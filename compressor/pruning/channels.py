@@ -1,0 +1,104 @@
+"""`Prunable`: what can leave a module; `prune_channels`: the module without it, physically, and proven."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from compressor.errors import StageError
+from compressor.layers import paths_matching
+from compressor.pruning.graph import channel_groups
+from compressor.pruning.groups import Group, Plan, check_equal, run, silenced, without
+from compressor.task import Inputs
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller module, and what became of the units of each group."""
+
+    module: nn.Module
+    channels: dict[str, tuple[int, int]]
+    """By the path of the group: channels kept, channels before."""
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the channels that left."""
+        kept, had = (sum(counts) for counts in zip(*self.channels.values(), strict=True))
+        return 1 - kept / had
+
+
+def prunable_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequence[str] = ()) -> tuple[Group, ...]:
+    """Every group of units that can leave `module`.
+
+    `protect` holds paths of layers that keep all, or patterns of such paths as `paths_matching` takes them; what a
+    protected layer holds is protected too.
+
+    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, a parameter that
+    would be cut is shared by two layers, a layer cannot be followed, or nothing can be removed.
+    """
+    kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
+    inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
+    _check_free(module)
+    groups = channel_groups(module, example_inputs, protect=inside)
+    _check_unshared(module, groups)
+    if not groups:
+        msg = f"pruning must have something to remove, but {type(module).__name__} has no group of channels that may go"
+        raise StageError(msg + (f"; protect leaves out {', '.join(protect)}" if protect else ""))
+    return groups
+
+
+def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], plan: Plan) -> Pruned:
+    """Return a copy of `module` without the units of `plan`.
+
+    It is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does with
+    nothing reading those units; where a normalization averages over them, only the former two can hold.
+
+    Raises StageError if it is not so, if a group would lose all, or if the plan is empty.
+    """
+    if not any(plan.values()):
+        sizes = sorted({group.units for group in groups})
+        msg = (
+            f"pruning must remove a channel, but what is asked leaves groups of {sizes} whole; lower round_to or raise "
+            "pruning_ratio"
+        )
+        raise StageError(msg)
+    exact = [group for group in groups if group.exact]
+    if any(plan.get(group.path) for group in exact):
+        check_equal(without(module, exact, plan), silenced(module, exact, plan), example_inputs)
+    smaller = without(module, groups, plan)
+    found, wanted = run(smaller, example_inputs).shape, run(module.eval(), example_inputs).shape
+    if found != wanted:
+        msg = f"outputs must keep the shape {tuple(wanted)}, got {tuple(found)} after pruning"
+        raise StageError(msg)
+    channels = {
+        group.path: tuple(
+            units * group.channels_per_unit for units in (group.units - len(plan.get(group.path, ())), group.units)
+        )
+        for group in groups
+    }
+    return Pruned(smaller, channels)  # type: ignore[arg-type]  # two numbers each
+
+
+def _check_free(module: nn.Module) -> None:
+    # Torch-Pruning leaves layers with frozen parameters out of its graph and says nothing.
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        names = ", ".join(frozen[:5])
+        msg = f"all parameters must have requires_grad to be pruned, but {names} are frozen; unfreeze them"
+        raise StageError(msg)
+
+
+def _check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = {name: alike for alike in names.values() if len(alike) > 1 for name in alike}
+    for group in groups:
+        for member in group.members:
+            name = f"{member.path}.{member.name}".lstrip(".")
+            if name in shared:
+                msg = (
+                    f"a weight that is cut must belong to one layer, but {' and '.join(shared[name])} are one and the "
+                    f"same; protect: [{group.path}] keeps it whole"
+                )
+                raise StageError(msg)

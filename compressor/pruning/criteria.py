@@ -1,0 +1,96 @@
+"""How much each unit of a group matters: the smaller the score, the sooner it is removed."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import StageError
+from compressor.pruning.groups import Group, Member
+from compressor.task import Task, batches
+
+Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
+"""`l2` and `l1`: the norm of all weights that leave with a unit; `bn_scale`: the scale of its batch normalization;
+`taylor`: how much the loss is expected to change without it, from gradients on training samples."""
+
+Scores: TypeAlias = Mapping[str, Tensor]
+"""(units,) by the path of each group, float32, not negative."""
+
+_TAYLOR_SAMPLES, _TAYLOR_BATCH = 1024, 64
+
+
+def scores(criterion: Criterion, module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
+    """Score every unit of `groups`. Raises StageError if a group has no batch normalization and `bn_scale` is asked."""
+    if criterion == "taylor":
+        return taylor(module, groups, task)
+    if criterion == "bn_scale":
+        return {group.path: bn_scale(module, group) for group in groups}
+    return {group.path: magnitude(module, group, order=2 if criterion == "l2" else 1) for group in groups}
+
+
+def magnitude(module: nn.Module, group: Group, *, order: Literal[1, 2]) -> Tensor:
+    """Norm over all kernels, rows, columns and scales that leave with a unit (DepGraph, Fang et al. 2023, eq. 7)."""
+    weights = [member for member in group.members if _is_weight(module, member)]
+    powers = torch.stack([_per_unit(_tensor(module, member).abs() ** order, member) for member in weights]).sum(dim=0)
+    return powers if order == 1 else powers.sqrt()
+
+
+def bn_scale(module: nn.Module, group: Group) -> Tensor:
+    """Sum of |γ| over the batch normalizations of a unit (network slimming, Liu et al. 2017, arXiv 1708.06519)."""
+    scales = [
+        _per_unit(_tensor(module, member).abs(), member)
+        for member in group.members
+        if member.name == "weight" and isinstance(module.get_submodule(member.path), nn.modules.batchnorm._BatchNorm)
+    ]
+    if not scales:
+        msg = f"criterion bn_scale needs a batch normalization with scales in every group, but {group.path} has none"
+        raise StageError(msg + "; choose l2, or protect it")
+    return torch.stack(scales).sum(dim=0)
+
+
+def taylor(module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
+    """Squared first-order change of the loss without a unit, mean over batches (Molchanov et al. 2019, eq. 8).
+
+    A unit is silenced by zeros in all weights that read it, so the change is the sum of weight times gradient over
+    these. The first 1,024 training samples are used, without augmentation, in evaluation mode.
+    """
+    scored = copy.deepcopy(module).eval()
+    for parameter in scored.parameters():
+        parameter.requires_grad_(True)
+    sums = {group.path: torch.zeros(group.units) for group in groups}
+    count = 0
+    for batch in islice(batches(task.train, _TAYLOR_BATCH), _TAYLOR_SAMPLES // _TAYLOR_BATCH):
+        scored.zero_grad()
+        task.loss(scored(*batch.inputs), batch.targets).mean().backward()  # type: ignore[no-untyped-call]
+        for group in groups:
+            readers = [member for member in group.members if member.reads]
+            change = [_per_unit(_gradient(scored, member), member) for member in readers]
+            sums[group.path] += torch.stack(change).sum(dim=0) ** 2
+        count += 1
+    return {path: total / count for path, total in sums.items()}
+
+
+def _tensor(module: nn.Module, member: Member) -> Tensor:
+    tensor: Tensor = getattr(module.get_submodule(member.path), member.name).detach()
+    return tensor
+
+
+def _gradient(module: nn.Module, member: Member) -> Tensor:
+    parameter = getattr(module.get_submodule(member.path), member.name)
+    return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).detach()
+
+
+def _is_weight(module: nn.Module, member: Member) -> bool:
+    """Whether it scales what flows through; biases and running statistics do not."""
+    return member.name in dict(module.get_submodule(member.path).named_parameters(recurse=False)) and (
+        not member.name.endswith("bias")
+    )
+
+
+def _per_unit(values: Tensor, member: Member) -> Tensor:
+    """Sum of `values` over everything that leaves with each unit, (units,)."""
+    entries = values.movedim(member.dim, 0).flatten(1).sum(dim=1) if values.ndim > 1 else values
+    return entries[torch.tensor(member.index)].sum(dim=1).float()
