@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor import Augmentation, Inputs, Samples, Task
@@ -14,20 +15,30 @@ MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut without parameters: every `stride`-th pixel, new channels zero."""
+    """Two convolutions and a shortcut: every `stride`-th pixel, new channels zero.
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    With `projection` the shortcut to another size is a 1x1 convolution that begins as just that.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, *, projection: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
+        if projection and stride > 1:
+            self.projection = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            before = (channels - channels_in) // 2
+            with torch.no_grad():
+                self.projection.weight[:, :, 0, 0] = torch.eye(channels, channels_in).roll(before, dims=0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, channels_in, H, W) to (N, channels, H / stride, W / stride)."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
+        if hasattr(self, "projection"):
+            x = self.projection(x)
+        elif self.stride > 1:
             added = y.shape[1] - x.shape[1]
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, added // 2, added - added // 2))
         return F.relu(y + x)
@@ -36,13 +47,13 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet for (N, 3, 32, 32) of He et al. 2015, section 4.2, with 6 * `blocks` + 2 layers."""
 
-    def __init__(self, blocks: int, classes: int = 10) -> None:
+    def __init__(self, blocks: int, classes: int = 10, *, projections: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = stack(16, 16, blocks, stride=1)
-        self.layer2 = stack(16, 32, blocks, stride=2)
-        self.layer3 = stack(32, 64, blocks, stride=2)
+        self.layer1 = stack(16, 16, blocks, stride=1, projection=projections)
+        self.layer2 = stack(16, 32, blocks, stride=2, projection=projections)
+        self.layer3 = stack(32, 64, blocks, stride=2, projection=projections)
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,15 +63,29 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def stack(channels_in: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
+def stack(channels_in: int, channels: int, blocks: int, *, stride: int, projection: bool = False) -> nn.Sequential:
     """Blocks in a row; the first changes the channels and the size."""
     rest = [Block(channels, channels, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(Block(channels_in, channels, stride), *rest)
+    return nn.Sequential(Block(channels_in, channels, stride, projection=projection), *rest)
 
 
 def resnet56() -> nn.Module:
     """The large model, 853 thousand parameters."""
     return ResNet(blocks=9)
+
+
+def prunable_resnet56(weights_file: Path) -> nn.Module:
+    """ResNet-56 with the weights of `resnet56` in a file, and equal logits, whose shortcuts are layers.
+
+    Zeros that a shortcut adds in `forward` stand before and behind the channels of the layers before it: such channels
+    cannot leave one by one.
+    """
+    module = ResNet(blocks=9, projections=True)
+    incompatible = module.load_state_dict(load_file(weights_file), strict=False)
+    if incompatible.unexpected_keys or not all("projection" in key for key in incompatible.missing_keys):
+        msg = f"{weights_file} must hold the weights of resnet56, but: {incompatible}"
+        raise ValueError(msg)
+    return module
 
 
 def resnet8(classes: int = 10) -> nn.Module:
