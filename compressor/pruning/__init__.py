@@ -1,0 +1,1 @@
+"""Which weights and channels a model can do without, and how many at each step."""
