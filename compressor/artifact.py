@@ -5,7 +5,7 @@ import hashlib
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -116,6 +116,22 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
+def _zeros(tensor: Tensor) -> int:
+    return tensor.numel() - int(tensor.count_nonzero())
+
+
+def _name_after(name: str, edits: tuple[Edit, ...]) -> str | None:
+    """Name of a parameter after stacks lost children, which are counted anew; None if it went with them."""
+    for edit in edits:
+        prefix = f"{edit.path}." if edit.path else ""
+        if edit.children is not None and name.startswith(prefix):
+            child, _, rest = name.removeprefix(prefix).partition(".")
+            if child not in edit.children:
+                return None
+            name = f"{prefix}{edit.children.index(child)}.{rest}"
+    return name
+
+
 def _sizes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
     def is_size(value: object) -> bool:
         if isinstance(value, tuple):
@@ -132,6 +148,7 @@ class _Recipe(BaseModel):
 
     factory: Reference
     edits: tuple[Edit, ...]
+    zeros: Mapping[str, NonNegativeInt] = {}
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,22 @@ class TorchModel:
     edits: tuple[Edit, ...] = ()
     soft_labels: SoftLabels | None = None
     """What this very module answered to the training samples; other weights leave it behind."""
+    zeros: Mapping[str, int] = field(default_factory=dict)
+    """By name of a parameter, at least how many of its values are zero: a promise that later stages keep.
+
+    Raises StageError, whenever a model is made, if it is broken.
+    """
+
+    def __post_init__(self) -> None:
+        parameters = dict(self.module.named_parameters()) if self.zeros else {}
+        for name, promised in self.zeros.items():
+            found = _zeros(parameters[name]) if name in parameters else "no such parameter"
+            if not isinstance(found, int) or found < promised:
+                msg = (
+                    f"{name} must keep its {promised} zeros, got {found}; "
+                    "pass the names in TorchModel.zeros to fit or distil"
+                )
+                raise StageError(msg)
 
     @classmethod
     def build(cls, reference: Reference, *, seed: int) -> "TorchModel":
@@ -161,15 +194,27 @@ class TorchModel:
         return cls(module, _without_weights(reference))
 
     def with_module(self, module: nn.Module, *edits: Edit) -> "TorchModel":
-        """Return this model with other weights and, after further `edits`, another structure."""
-        return TorchModel(module.eval(), self.factory, self.edits + edits)
+        """Return this model with other weights and, after further `edits`, another structure.
+
+        The new weights must keep the promised `zeros`, which are counted anew in tensors of another shape.
+        """
+        return TorchModel(module.eval(), self.factory, self.edits + edits, zeros=self._zeros_in(module, edits))
+
+    def _zeros_in(self, module: nn.Module, edits: tuple[Edit, ...]) -> dict[str, int]:
+        promised = {}
+        for name, count in self.zeros.items():
+            if (now := _name_after(name, edits)) is not None:
+                weight = module.get_parameter(now)
+                same = weight.shape == self.module.get_parameter(name).shape
+                promised[now] = count if same else _zeros(weight)
+        return promised
 
     @property
     def digest(self) -> str:
         """SHA-256 of what decides the outputs: factory with its arguments, paths aside, edits and every tensor."""
         factory = Reference.model_validate(_without_arguments(self.factory.model_dump(), is_path))
         recipe = _Recipe(factory=factory, edits=self.edits)
-        digest = hashlib.sha256(recipe.model_dump_json().encode())
+        digest = hashlib.sha256(recipe.model_dump_json(exclude={"zeros"}).encode())
         for name, tensor in self.module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
@@ -183,7 +228,7 @@ class TorchModel:
 
     def save(self, directory: Path) -> None:
         """Write `model.json`, `model.safetensors` and, if there are any, the soft labels into an existing directory."""
-        recipe = _Recipe(factory=self.factory, edits=self.edits)
+        recipe = _Recipe(factory=self.factory, edits=self.edits, zeros=self.zeros)
         (directory / "model.json").write_text(recipe.model_dump_json(indent=1))
         save_model(self.module, str(directory / "model.safetensors"))
         if self.soft_labels is not None:
@@ -205,7 +250,7 @@ class TorchModel:
         module = apply_edits(_call(factory, seed=0), recipe.edits)
         load_weights(module, directory / "model.safetensors")
         labels = directory / soft_labels.FILE_NAME
-        return cls(module, factory, recipe.edits, SoftLabels.open(labels) if labels.exists() else None)
+        return cls(module, factory, recipe.edits, SoftLabels.open(labels) if labels.exists() else None, recipe.zeros)
 
 
 @dataclass(frozen=True)

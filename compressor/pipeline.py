@@ -130,18 +130,37 @@ def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
         artifact = _apply(told(_Order(step, *_inputs(before))), run, work_dir, epochs.append)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
-        facts = {
+        facts: dict[str, Any] = {
             "stage": step.name,
             "parts": step.parts,
             "artifact": type(artifact).__name__,
+            "zeros": _promised_zeros(artifact, before),
             "seconds": seconds,
             "losses": epochs,
         }
         if step.gives_model:
             facts |= _measured(artifact, draft, [one.entry for one in before], run)
+            _check_zeros(facts["measurement"], facts["zeros"], step.name)
         entry = run.store.commit(draft, step.key, facts)
     run.store.clear_workspaces()
     return entry
+
+
+def _promised_zeros(artifact: Artifact, before: Sequence[_Obtained]) -> int:
+    """Zeros that the model must have: a file was made from the last module, and none may be lost in it."""
+    if isinstance(artifact, TorchModel):
+        return sum(artifact.zeros.values())
+    return before[-1].entry.facts.get("zeros", 0) if before else 0
+
+
+def _check_zeros(measurement: Mapping[str, Any], promised: int, stage: str) -> None:
+    zeros = measurement["parameters"] - measurement["nonzero"]
+    if zeros < promised:
+        msg = (
+            f"{stage} must keep the {promised} zeros that the model was pruned to, but its ONNX file has {zeros}, "
+            f"{promised - zeros} fewer; prune again after it, or leave it out"
+        )
+        raise StageError(msg)
 
 
 def _measured(artifact: Artifact, draft: Path, before: Sequence[Entry], run: _Run) -> dict[str, Any]:

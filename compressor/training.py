@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
@@ -88,6 +88,7 @@ def fit(
     device: torch.device,
     log: Callable[[str], None],
     record: Callable[[Mapping[str, float]], None] = lambda _means: None,
+    zeros: Collection[str] = (),
 ) -> nn.Module:
     """Train a copy of `module` to lower `objective`; return it on the CPU, in eval mode.
 
@@ -95,7 +96,7 @@ def fit(
     count, as in torch. Under torchrun `batch_size` is the global batch: the processes share each batch, and any number
     of them gives the same weights, except for BatchNorm, dropout and losses between samples, which see one process's
     share; BatchNorm's statistics are then the mean over processes. With a GPU the forward pass runs in mixed precision.
-    `record` is given the mean of each loss over each epoch.
+    `record` is given the mean of each loss over each epoch. `zeros` names parameters of `module` whose zeros stay.
 
     Raises InputError if the data is empty or a batch does not divide as asked, StageError if no parameter may move or
     a loss is not finite; the message has the step and the learning rate.
@@ -116,6 +117,7 @@ def fit(
         torch.manual_seed(seed + accelerator.process_index)
         trained = copy.deepcopy(module).train().to(accelerator.device)
         moving = _torch_optimizer(trained, optimizer)
+        masks = [(weight.detach(), weight == 0) for weight in map(trained.get_parameter, zeros)]
         backward: Callable[[Tensor], None] = Tensor.backward
         if accelerator.scaler is not None:
             # Only float16 needs these; elsewhere they cost 0.2 ms a step, since each searches the import path.
@@ -133,6 +135,8 @@ def fit(
             if accelerator.num_processes > 1:
                 _average([p.grad for p in trained.parameters() if p.grad is not None], accelerator)
             moving.step()
+            for weight, mask in masks:  # momentum and weight decay move zeros as well
+                weight.masked_fill_(mask, 0)
             moving.zero_grad()
             sums = {name: sums.get(name, 0.0) + mean.detach() for name, mean in means.items()}
             bar.update()

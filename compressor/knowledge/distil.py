@@ -1,6 +1,6 @@
 """`distil`: train a student to agree with a teacher; the distillation stage and every recovery call it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -34,12 +34,14 @@ def distil(
     epochs: int,
     batch_size: int,
     optimizer: Optimizer,
+    zeros: Collection[str] = (),
 ) -> nn.Module:
     """Return a copy of `student` trained to lower `losses` against `teacher`.
 
     The teacher's soft labels are read if it has them and no loss looks into the models; else it runs on the student's
     own view of each batch. `combine` is that of the ensemble unless given. `unlabeled_share` is the part of each batch
-    that `task.unlabeled` fills, a half unless given; those samples take part in the losses that need no label.
+    that `task.unlabeled` fills, a half unless given; those samples take part in the losses that need no label. `zeros`
+    names parameters of the student whose zeros stay.
 
     Raises InputError, before any training, if a layer is not there, features cannot be compared, or the soft labels
     are those of another teacher or other data; and what `fit` raises.
@@ -61,6 +63,7 @@ def distil(
         device=context.device,
         log=context.log,
         record=context.record,
+        zeros=[f"student.{name}" for name in zeros],
     )
     return trained.get_submodule("student")
 

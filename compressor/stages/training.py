@@ -40,5 +40,6 @@ class Training(Stage[TorchModel, TorchModel]):
             device=context.device,
             log=context.log,
             record=context.record,
+            zeros=model.zeros,
         )
         return model.with_module(trained)

@@ -74,6 +74,8 @@ class Distillation(Stage[TorchModel, TorchModel]):
         if self.teacher is not None and model.soft_labels is not None:
             context.log("the soft labels of the model that enters are not read: another teacher is named")
         student = self._student(model, task, seed=context.seed)
+        if model.zeros and not student.zeros:
+            context.log("the student is dense: the zeros of the model that enters stay behind with its weights")
         for generation in range(self.generations):
             now = replace(context, seed=context.seed + generation)
             if generation > 0:
@@ -90,6 +92,7 @@ class Distillation(Stage[TorchModel, TorchModel]):
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 optimizer=self.optimizer,
+                zeros=student.zeros,
             )
             student = student.with_module(trained)
         return student

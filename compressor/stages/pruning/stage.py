@@ -3,33 +3,12 @@
 from collections.abc import Callable
 from typing import final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compressor.artifact import TorchModel, structural_edits
-from compressor.knowledge.distil import distil
-from compressor.knowledge.losses import Hard, Kd, Losses
-from compressor.knowledge.panel import Combine
-from compressor.knowledge.setup import check_fit
 from compressor.stage import Stage, StageContext
+from compressor.stages.pruning.recovery import Recovery, check_recovery, recover
 from compressor.task import Task
-from compressor.training import Optimizer
-
-
-class Recovery(BaseModel):
-    """Training after pruning; it distils from the baseline unless `losses` names `hard` alone."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    epochs: int = Field(gt=0)
-    losses: Losses = Losses(kd=Kd(), hard=Hard())
-    combine: Combine | None = None
-    """How the members of an ensemble teach, if the baseline is one; as the ensemble itself answers unless given."""
-    unlabeled_share: float | None = Field(default=None, ge=0, lt=1)
-    """Part of each batch that comes from the task's unlabeled samples; a half unless given, if the task has any."""
-    batch_size: int = Field(default=128, gt=0)
-    optimizer: Optimizer = Optimizer()
 
 
 @final
@@ -45,16 +24,13 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
         """Cut the model, and compare what it is with what recovery asks."""
         smaller = self._pruned(model, task, log=lambda _line: None)
-        if self.recovery is not None:
-            asked = self.recovery
-            share, size = asked.unlabeled_share, asked.batch_size
-            check_fit(smaller, reference, task, asked.losses, unlabeled_share=share, batch_size=size)
+        check_recovery(smaller, reference, self.recovery, task)
         return smaller
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a model with fewer channels. Raises StageError if it cannot be cut as asked."""
         smaller = self._pruned(model, task, log=context.log)
-        return smaller if self.recovery is None else self._recover(smaller, self.recovery, task, context)
+        return smaller if self.recovery is None else recover(smaller, self.recovery, task, context)
 
     def _pruned(self, model: TorchModel, task: Task, *, log: Callable[[str], None]) -> TorchModel:
         # Torch-Pruning and its graph tools are not needed by a run that finds this stage in the store.
@@ -70,18 +46,3 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
             f"in {len(pruned.channels)} groups; parameters {sizes[0]} -> {sizes[1]}"
         )
         return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
-
-    def _recover(self, model: TorchModel, recovery: Recovery, task: Task, context: StageContext) -> TorchModel:
-        recovered = distil(
-            model.module,
-            context.reference,
-            task,
-            context,
-            losses=recovery.losses,
-            combine=recovery.combine,
-            unlabeled_share=recovery.unlabeled_share,
-            epochs=recovery.epochs,
-            batch_size=recovery.batch_size,
-            optimizer=recovery.optimizer,
-        )
-        return model.with_module(recovered)
