@@ -25,6 +25,13 @@ def lenet5() -> nn.Module:
     )
 
 
+def lenet_300_100() -> nn.Module:
+    """Two hidden layers of 300 and 100 units, 267 thousand parameters."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
 def student() -> nn.Module:
     """The small model, 38 thousand parameters before pruning.
 

@@ -14,9 +14,7 @@ from compressor.errors import StageError
 from compressor.pruning.groups import Group, Member, Size, check_equal, run, silenced, without
 from compressor.task import Inputs
 
-_Conv: TypeAlias = (
-    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-)
+_Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _InstanceNorm: TypeAlias = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -66,7 +64,9 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
             faults[root] = str(error)
     if faults:
         listed = "; ".join(f"{path}: {fault}" for path, fault in faults.items())
-        msg = f"the channels of every layer must be known to be pruned, but: {listed}. To leave these layers whole, set "
+        msg = (
+            f"the channels of every layer must be known to be pruned, but: {listed}. To leave these layers whole, set "
+        )
         raise StageError(msg + f"protect: [{', '.join(faults)}]")
     return tuple(groups[path] for path in paths.values() if path in groups)
 
@@ -122,7 +122,9 @@ def _group(graph: tp.DependencyGraph, coupled: tp.Group, root: str, paths: Mappi
             entries[channel].append(entry)
         found.append((path, cut, entries))
     blocks = math.lcm(*(cut.blocks for _, cut, _ in found))
-    units = [tuple(block * (channels // blocks) + unit for block in range(blocks)) for unit in range(channels // blocks)]
+    units = [
+        tuple(block * (channels // blocks) + unit for block in range(blocks)) for unit in range(channels // blocks)
+    ]
     members, sizes = [], []
     for path, cut, entries in found:
         index = [tuple(entry for channel in unit for entry in entries[channel]) for unit in units]
@@ -143,9 +145,7 @@ def _group(graph: tp.DependencyGraph, coupled: tp.Group, root: str, paths: Mappi
     )
 
 
-def _positions(
-    index: Sequence[tuple[int, ...]], cut: _Cut, name: str, channels: int
-) -> tuple[tuple[int, ...], ...]:
+def _positions(index: Sequence[tuple[int, ...]], cut: _Cut, name: str, channels: int) -> tuple[tuple[int, ...], ...]:
     """Entries of a tensor by unit: a convolution with several blocks has only the inputs of one block in its weight."""
     if not (cut.reads and cut.blocks > 1 and name == "weight"):
         return tuple(index)
