@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from compressor.artifact import Edit, TorchModel, apply_edit_in_place, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.layers import paths_matching
+from compressor.pruning.allocation import uniform
+from compressor.pruning.channels import prunable_groups, prune_channels
+from compressor.pruning.criteria import magnitude
 from compressor.task import Inputs
 
 
@@ -48,15 +51,15 @@ def narrower(model: TorchModel, example_inputs: Inputs, *, width: float, round_t
     """Return a copy of `model` that keeps a share `width`, in (0, 1), of the channels of each group of coupled layers.
 
     The channels of largest magnitude keep their weights; their numbers are multiples of `round_to`. Raises InputError
-    for another `width` and StageError if the channels cannot be removed, as `prune_channels` says.
+    for another `width` and StageError if the channels cannot be removed, as `prunable_groups` and `prune_channels` say.
     """
-    # Torch-Pruning and its graph tools are not needed by a run that finds the student in the store.
-    from compressor.structured_pruning import prune_channels  # noqa: PLC0415
-
     if not 0 < width < 1:
         msg = f"width must be in (0, 1), the share of channels to keep, got {width}"
         raise InputError(msg)
-    pruned = prune_channels(model.module, example_inputs, pruning_ratio=1 - width, round_to=round_to).module
+    groups = prunable_groups(model.module, example_inputs)
+    scores = {group.path: magnitude(model.module, group, order=2) for group in groups}
+    chosen = uniform(groups, scores, pruning_ratio=1 - width, round_to=round_to)
+    pruned = prune_channels(model.module, example_inputs, groups, chosen).module
     return model.with_module(pruned, *structural_edits(model.module, pruned))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from compressor.artifact import Edit, TorchModel, apply_edits, load_weights, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.structured_pruning import prune_channels
+from compressor.students import narrower
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")
@@ -35,15 +35,10 @@ def logits_of_a_fresh_process(directory: Path, images: torch.Tensor) -> torch.Te
     return load_file(directory / "logits.safetensors")["logits"]
 
 
-def pruned(model: TorchModel, inputs, ratio: float) -> TorchModel:
-    smaller = prune_channels(model.module, inputs, pruning_ratio=ratio, round_to=2).module
-    return model.with_module(smaller, *structural_edits(model.module, smaller))
-
-
 def test_twice_pruned_model_reloads_in_a_fresh_process_with_equal_logits(tmp_path, digits_task):
     model = TorchModel.build(PLAIN, seed=3)
     for ratio in (0.5, 0.25):
-        model = pruned(model, digits_task.example_inputs, ratio)
+        model = narrower(model, digits_task.example_inputs, width=1 - ratio, round_to=2)
     model.save(tmp_path)
     images = digits_task.test.inputs[0][:32]
     assert model.module.conv1.out_channels == 6
@@ -54,7 +49,7 @@ def test_model_that_lost_layers_and_channels_reloads_in_a_fresh_process_with_equ
     model = TorchModel.build(Reference(factory="networks:StackedNetwork"), seed=3)
     fewer = Edit(path="stack1", children=("0", "2", "5")), Edit(path="stack2", children=("0", "5"))
     model = model.with_module(apply_edits(model.module, fewer), *fewer)
-    model = pruned(model, digits_task.example_inputs, 0.5)
+    model = narrower(model, digits_task.example_inputs, width=0.5, round_to=2)
     fewer_still = Edit(path="stack1", children=("0", "2"))
     model = model.with_module(apply_edits(model.module, (fewer_still,)), fewer_still)
     model.save(tmp_path)
@@ -97,7 +92,8 @@ def test_saved_edit_that_does_not_fit_the_factory_is_refused(tmp_path, edit, mes
 @pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
 def test_edits_give_a_new_module_the_sizes_of_the_pruned_one(network, digits_task):
     module = network().eval()
-    smaller = prune_channels(module, digits_task.example_inputs, pruning_ratio=0.5, round_to=4).module
+    whole = TorchModel(module, Reference(factory="networks:PlainNetwork"))
+    smaller = narrower(whole, digits_task.example_inputs, width=0.5, round_to=4).module
     rebuilt = apply_edits(network(), structural_edits(module, smaller))
     rebuilt.load_state_dict(smaller.state_dict())
     images = digits_task.test.inputs[0][:8]

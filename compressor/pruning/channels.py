@@ -23,7 +23,7 @@ class Pruned:
     @property
     def pruning_ratio(self) -> float:
         """Share of the channels that left."""
-        kept, had = (sum(counts) for counts in zip(*self.channels.values(), strict=True))
+        kept, had = map(sum, zip(*self.channels.values(), strict=True))
         return 1 - kept / had
 
 
@@ -70,13 +70,11 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[G
     if found != wanted:
         msg = f"outputs must keep the shape {tuple(wanted)}, got {tuple(found)} after pruning"
         raise StageError(msg)
-    channels = {
-        group.path: tuple(
-            units * group.channels_per_unit for units in (group.units - len(plan.get(group.path, ())), group.units)
-        )
-        for group in groups
-    }
-    return Pruned(smaller, channels)  # type: ignore[arg-type]  # two numbers each
+    channels = {}
+    for group in groups:
+        kept = group.units - len(plan.get(group.path, ()))
+        channels[group.path] = (kept * group.channels_per_unit, group.units * group.channels_per_unit)
+    return Pruned(smaller, channels)
 
 
 def _check_free(module: nn.Module) -> None:

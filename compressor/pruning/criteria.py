@@ -39,7 +39,7 @@ def magnitude(module: nn.Module, group: Group, *, order: Literal[1, 2]) -> Tenso
 
 
 def bn_scale(module: nn.Module, group: Group) -> Tensor:
-    """Sum of |γ| over the batch normalizations of a unit (network slimming, Liu et al. 2017, arXiv 1708.06519)."""
+    """Sum of the absolute scales of all batch normalizations of a unit (network slimming, arXiv 1708.06519)."""
     scales = [
         _per_unit(_tensor(module, member).abs(), member)
         for member in group.members

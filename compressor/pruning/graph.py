@@ -5,14 +5,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch_pruning as tp
 from torch import nn
 
 from compressor.errors import StageError
 from compressor.pruning.groups import Group, Member, Size, check_equal, run, silenced, without
 from compressor.task import Inputs
+
+if TYPE_CHECKING:
+    import torch_pruning as tp
 
 _Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -82,7 +84,10 @@ def _is_proven(module: nn.Module, group: Group, example_inputs: Inputs, shape: S
     return True
 
 
-def _graph(module: nn.Module, example_inputs: Inputs) -> tp.DependencyGraph:
+def _graph(module: nn.Module, example_inputs: Inputs) -> "tp.DependencyGraph":
+    # Its import takes a second, which a run that finds its pruned models in the store can spare.
+    import torch_pruning as tp  # noqa: PLC0415
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Torch-Pruning warns where it guesses how a parameter is to be cut
         try:
@@ -101,7 +106,7 @@ def _graph(module: nn.Module, example_inputs: Inputs) -> tp.DependencyGraph:
     return graph
 
 
-def _group(graph: tp.DependencyGraph, coupled: tp.Group, root: str, paths: Mapping[nn.Module, str]) -> Group:
+def _group(graph: "tp.DependencyGraph", coupled: "tp.Group", root: str, paths: Mapping[nn.Module, str]) -> Group:
     """Translate a group of all channels of the layer at `root`."""
     channels = len(coupled[0].idxs)
     found: list[tuple[str, _Cut, Mapping[int, Sequence[int]]]] = []
@@ -117,7 +122,7 @@ def _group(graph: tp.DependencyGraph, coupled: tp.Group, root: str, paths: Mappi
             cut = _cut(layer, path, reads=not out and item is not coupled[0])
         else:
             continue  # an operation without tensors
-        entries = defaultdict(list)
+        entries: dict[int, list[int]] = defaultdict(list)
         for channel, entry in zip(item.root_idxs, item.idxs, strict=True):
             entries[channel].append(entry)
         found.append((path, cut, entries))
@@ -126,10 +131,10 @@ def _group(graph: tp.DependencyGraph, coupled: tp.Group, root: str, paths: Mappi
         tuple(block * (channels // blocks) + unit for block in range(blocks)) for unit in range(channels // blocks)
     ]
     members, sizes = [], []
-    for path, cut, entries in found:
-        index = [tuple(entry for channel in unit for entry in entries[channel]) for unit in units]
+    for path, cut, entries_of in found:
+        index = [tuple(entry for channel in unit for entry in entries_of[channel]) for unit in units]
         counts = {len(entry) for entry in index}
-        if len(counts) > 1 or (cut.blocks > 1 and any(list(entries[c]) != [c] for c in range(channels))):
+        if len(counts) > 1 or (cut.blocks > 1 and any(list(entries_of[c]) != [c] for c in range(channels))):
             msg = f"{path} uses unequal numbers of its inputs for the channels of {root}"
             raise StageError(msg)
         for name, dim in cut.tensors.items():

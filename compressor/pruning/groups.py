@@ -102,7 +102,7 @@ def silenced(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Modul
 
 
 def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:
-    """Raise StageError unless both modules give the same outputs, to a relative error of `tolerance` (root mean square).
+    """Raise StageError unless both modules give the same outputs, to a relative RMS error of `tolerance`.
 
     float32 sums in another order differ by about 1e-6; a wrong entry cut shows as a part of the output itself.
     """

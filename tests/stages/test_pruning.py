@@ -5,10 +5,12 @@ from torch import nn
 from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
+from compressor.pruning.allocation import uniform, units_kept
+from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
+from compressor.pruning.criteria import magnitude
 from compressor.stage import StageContext
 from compressor.stages.pruning.stage import MagnitudePruning
 from compressor.stages.training import Training
-from compressor.structured_pruning import channels_kept, prune_channels
 from compressor.task import evaluate
 from compressor.testing import check_stage
 from networks import (
@@ -20,8 +22,15 @@ from networks import (
 )
 
 
+def pruned(module: nn.Module, inputs, *, pruning_ratio: float = 0.5, round_to: int = 4) -> Pruned:
+    groups = prunable_groups(module, inputs)
+    scores = {group.path: magnitude(module, group, order=2) for group in groups}
+    chosen = uniform(groups, scores, pruning_ratio=pruning_ratio, round_to=round_to)
+    return prune_channels(module, inputs, groups, chosen)
+
+
 def half(module: nn.Module, task, round_to: int = 4) -> nn.Module:
-    return prune_channels(module, task.example_inputs, pruning_ratio=0.5, round_to=round_to).module
+    return pruned(module, task.example_inputs, round_to=round_to).module
 
 
 @pytest.mark.parametrize(
@@ -36,15 +45,15 @@ def half(module: nn.Module, task, round_to: int = 4) -> nn.Module:
         pytest.param(16, 0.01, 1, 16, id="nothing-to-remove"),
     ],
 )
-def test_channels_kept_is_the_nearest_multiple(channels, ratio, round_to, kept):
-    assert channels_kept(channels, pruning_ratio=ratio, round_to=round_to) == kept
+def test_units_kept_is_the_nearest_multiple(channels, ratio, round_to, kept):
+    assert units_kept(channels, pruning_ratio=ratio, step=round_to) == kept
 
 
 @pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
 def test_pruned_network_has_half_the_channels_in_every_group_and_all_classes(network, digits_task):
-    pruned = prune_channels(network(), digits_task.example_inputs, pruning_ratio=0.5, round_to=4)
-    assert all(kept * 2 == had for kept, had in pruned.channels.values())
-    assert pruned.module(*digits_task.example_inputs).shape == (2, 10)
+    found = pruned(network(), digits_task.example_inputs)
+    assert all(kept * 2 == had for kept, had in found.channels.values())
+    assert found.module(*digits_task.example_inputs).shape == (2, 10)
 
 
 def test_layers_coupled_by_an_addition_keep_the_same_channels(digits_task):
@@ -59,10 +68,10 @@ def test_channels_of_smallest_magnitude_are_the_ones_removed(digits_task):
         for layer in (module.conv1, module.bn1):
             layer.weight[::2] *= 1e-3
         module.conv2.weight[:, ::2] *= 1e-3
-    pruned = half(module, digits_task)
-    assert torch.equal(pruned.conv1.weight, module.conv1.weight[1::2])
+    smaller = half(module, digits_task)
+    assert torch.equal(smaller.conv1.weight, module.conv1.weight[1::2])
     # the linear layer behind the flattening loses the columns of whole channels
-    assert pruned.fc1.in_features == 16 * 4 * 4
+    assert smaller.fc1.in_features == 16 * 4 * 4
 
 
 def test_channels_without_effect_are_removed_without_changing_the_logits(digits_task):
@@ -115,15 +124,16 @@ def test_layer_that_takes_no_part_is_named(digits_task):
         half(module, digits_task)
 
 
-def test_grouped_convolutions_are_refused(digits_task):
+def test_grouped_convolution_loses_as_many_channels_in_each_group(digits_task):
     module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 10))
-    with pytest.raises(StageError, match="1 have others"):
-        half(module, digits_task)
+    smaller = half(module, digits_task)
+    assert smaller[1].weight.shape == (4, 2, 3, 3)
+    assert (smaller[1].in_channels, smaller[1].out_channels, smaller[1].groups) == (4, 4, 2)
 
 
 def test_ratio_that_removes_nothing_is_refused(digits_task):
-    with pytest.raises(StageError, match=r"leave groups of \[10, 16, 32, 64\] channels whole; lower round_to"):
-        prune_channels(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
+    with pytest.raises(StageError, match=r"leaves groups of \[16, 32, 64\] whole; lower round_to"):
+        pruned(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
 
 
 def test_pruning_does_not_change_the_given_module(digits_task):
