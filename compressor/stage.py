@@ -22,8 +22,8 @@ class StageContext:
 
     `reference` is the baseline: the default teacher. `work_dir` is a directory for files that the stage's result
     consists of; nothing else the stage writes there is kept. It is empty, except that a stage that was cut off finds
-    again what it left there. `log` takes one line for people, `record` the mean of each loss over an epoch, by name,
-    which the report shows.
+    again what it left there. `log` takes one line for people. The report shows what `record` is given, the mean of each
+    loss over an epoch, by name, and `reached`: the name of a setting, what was asked, what was achieved.
     """
 
     reference: TorchModel
@@ -32,6 +32,7 @@ class StageContext:
     work_dir: Path
     log: Callable[[str], None]
     record: Callable[[Mapping[str, float]], None] = lambda _means: None
+    reached: Callable[[str, float, float], None] = lambda _name, _asked, _achieved: None
 
 
 class Stage(BaseModel, ABC, Generic[In, Out]):

@@ -1,6 +1,6 @@
-"""`Prunable`: what can leave a module; `prune_channels`: the module without it, physically, and proven."""
+"""`prunable_groups`: what can leave a module; `prune_channels`: the module without it, physically, and proven."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,10 +21,34 @@ class Pruned:
     """By the path of the group: channels kept, channels before."""
 
     @property
+    def removed(self) -> int:
+        """How many channels left."""
+        return sum(had - kept for kept, had in self.channels.values())
+
+    @property
     def pruning_ratio(self) -> float:
         """Share of the channels that left."""
-        kept, had = map(sum, zip(*self.channels.values(), strict=True))
-        return 1 - kept / had
+        return self.removed / sum(had for _, had in self.channels.values())
+
+
+@dataclass(frozen=True)
+class Cuttable:
+    """A module, what can leave it, and the order in which it does."""
+
+    module: nn.Module
+    example_inputs: Inputs
+    groups: tuple[Group, ...]
+    choose: Callable[[float], Plan]
+    """The units to remove by the share of channels that is to leave; more of them for a larger share."""
+
+    @property
+    def channels(self) -> int:
+        """How many there are in all groups."""
+        return sum(group.units * group.channels_per_unit for group in self.groups)
+
+    def cut(self, plan: Plan) -> Pruned:
+        """Remove the units of `plan`, as `prune_channels` does."""
+        return prune_channels(self.module, self.example_inputs, self.groups, plan)
 
 
 def prunable_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequence[str] = ()) -> tuple[Group, ...]:

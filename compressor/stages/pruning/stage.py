@@ -1,26 +1,43 @@
 """Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Self, final
 
 from pydantic import Field, model_validator
 
 from compressor.artifact import TorchModel, structural_edits
+from compressor.processes import processes, told
 from compressor.pruning.allocation import Allocation, plan
-from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
+from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
 from compressor.pruning.criteria import Criterion, scores
+from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, measure_of, reach
+from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.stage import Stage, StageContext
 from compressor.stages.pruning.recovery import Recovery, check_recovery, recover
 from compressor.task import Task
 
+_QUANTITIES: tuple[Quantity, ...] = ("parameters", "macs", "size_bytes", "latency_ratio")
+
 
 @final
 class MagnitudePruning(Stage[TorchModel, TorchModel]):
-    """Remove the channels, heads and hidden units that matter least, each with all that depends on it, then recover."""
+    """Remove the channels, heads and hidden units that matter least, each with all that depends on it, then recover.
 
-    pruning_ratio: float = Field(gt=0, lt=1)
+    How many is said by one of `pruning_ratio`, `parameters`, `macs`, `size_bytes` and `latency_ratio`.
+    """
+
+    pruning_ratio: float | None = Field(default=None, gt=0, lt=1)
     """Share of the channels that leave; parameters fall by about its complement squared."""
+    parameters: int | None = Field(default=None, gt=0)
+    """At most so many stay."""
+    macs: int | None = Field(default=None, gt=0)
+    """At most so many multiply-accumulates for one sample stay. Not a measure of speed."""
+    size_bytes: int | None = Field(default=None, gt=0)
+    """At most so large is the model, as float32 in ONNX."""
+    latency_ratio: float | None = Field(default=None, gt=1)
+    """At least so many times as fast as the baseline, measured under ONNX Runtime on this machine."""
     criterion: Criterion = "l2"
     allocation: Allocation = "uniform"
     round_to: int = Field(default=8, gt=0)
@@ -32,7 +49,12 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     recovery: Recovery | None = None
 
     @model_validator(mode="after")
-    def _has_epochs_between(self) -> Self:
+    def _says_one_thing(self) -> Self:
+        names = ("pruning_ratio", *_QUANTITIES)
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            msg = f"give one of {', '.join(names)}, got {' and '.join(given) or 'none'}"
+            raise ValueError(msg)
         if self.schedule is not None:
             if self.recovery is None:
                 msg = "schedule needs a recovery, which trains between its steps"
@@ -40,43 +62,87 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
             division(self.recovery.epochs, self.schedule.steps)
         return self
 
+    @property
+    def goal(self) -> Goal | None:
+        """What the search is for; None with `pruning_ratio`."""
+        asked = {quantity: getattr(self, quantity) for quantity in _QUANTITIES}
+        return next((Goal(quantity, float(value)) for quantity, value in asked.items() if value is not None), None)
+
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
-        """Cut the model at once, and compare what it is with what recovery asks."""
-        smaller = self._cut(model, task, self.pruning_ratio, log=lambda _line: None)
-        check_recovery(smaller, reference, self.recovery, task)
-        return smaller
+        """Cut the model at once, as far as it goes if a goal is asked, and compare it with what recovery asks."""
+        cuttable = self._cuttable(model, task)
+        smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
+        if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
+            with measure_of(self.goal.quantity, reference.module, task) as measured:
+                check_reachable(self.goal, measured(smaller.module))
+        rehearsed = _with(model, smaller)
+        check_recovery(rehearsed, reference, self.recovery, task)
+        return rehearsed
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
-        """Return a smaller model. Raises StageError if it cannot be cut as asked."""
-        left = 1.0
-        for pruning_ratio, epochs in self._steps():
-            model = self._cut(model, task, 1 - (1 - pruning_ratio) / left, log=context.log)
-            left = 1 - pruning_ratio
+        """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
+        channels = self._cuttable(model, task).channels
+        for pruning_ratio, epochs in self._steps(model, task, context):
+            model = self._cut(model, task, context, pruning_ratio=pruning_ratio, channels=channels)
             if self.recovery is not None:
                 model = recover(model, self.recovery, task, context, epochs=epochs)
         return model
 
-    def _steps(self) -> Sequence[tuple[float, int]]:
-        """Share of all channels that is gone after each step, and the epochs of recovery after it."""
+    def _steps(self, model: TorchModel, task: Task, context: StageContext) -> Sequence[tuple[float | None, int]]:
+        """Share of all channels that is gone after each step, None where the goal decides; epochs of recovery then."""
         epochs = 0 if self.recovery is None else self.recovery.epochs
         if self.schedule is None:
             return [(self.pruning_ratio, epochs)]
-        steps = self.schedule.steps
-        return list(zip(ramp(self.pruning_ratio, steps, self.schedule.shape), division(epochs, steps), strict=True))
+        end = self.pruning_ratio
+        if end is None:
+            cuttable = self._cuttable(model, task)
+            end = cuttable.cut(self._found(cuttable, task, context)[0]).pruning_ratio
+        ratios = ramp(end, self.schedule.steps, self.schedule.shape)[:-1]
+        return list(zip([*ratios, self.pruning_ratio], division(epochs, self.schedule.steps), strict=True))
 
-    def _cut(self, model: TorchModel, task: Task, pruning_ratio: float, *, log: Callable[[str], None]) -> TorchModel:
+    def _cut(
+        self, model: TorchModel, task: Task, context: StageContext, *, pruning_ratio: float | None, channels: int
+    ) -> TorchModel:
+        """Remove channels until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
+        cuttable = self._cuttable(model, task)
+        if pruning_ratio is None:
+            chosen, achieved = self._found(cuttable, task, context)
+        else:
+            chosen = cuttable.choose(1 - (1 - pruning_ratio) * channels / cuttable.channels)
+            if cuttable.channels < channels and not any(chosen.values()):
+                return model  # rounding has let an earlier step go as far
+        pruned = cuttable.cut(chosen)
+        left = cuttable.channels - pruned.removed
+        if self.goal is not None and pruning_ratio is None:
+            context.reached(self.goal.quantity, self.goal.asked, achieved)
+        elif pruning_ratio is not None and pruning_ratio == self.pruning_ratio:
+            context.reached("pruning_ratio", pruning_ratio, 1 - left / channels)
+        sizes = [sum(p.numel() for p in module.parameters()) for module in (model.module, pruned.module)]
+        context.log(
+            f"removed {pruned.removed} of {cuttable.channels} channels ({pruned.pruning_ratio:.0%}) in "
+            f"{len(pruned.channels)} groups; parameters {sizes[0]} -> {sizes[1]}"
+        )
+        return _with(model, pruned)
+
+    def _cuttable(self, model: TorchModel, task: Task) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect)
         found = scores(self.criterion, model.module, groups, task)
-        chosen = plan(self.allocation, model.module, groups, found, pruning_ratio=pruning_ratio, round_to=self.round_to)
-        pruned = prune_channels(model.module, task.example_inputs, groups, chosen)
-        log(_told(model, pruned))
-        return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
+        choose = partial(plan, self.allocation, model.module, groups, found, round_to=self.round_to)
+        return Cuttable(model.module, task.example_inputs, groups, lambda ratio: choose(pruning_ratio=ratio))
+
+    def _found(self, cuttable: Cuttable, task: Task, context: StageContext) -> tuple[Plan, float]:
+        """The smallest cut that meets the goal, and what it achieves; the main process measures for all."""
+        goal = self.goal
+        if goal is None or not processes(context.device).is_main_process:
+            found: tuple[Plan, float] = told(None)
+            return found
+        with measure_of(goal.quantity, context.reference.module, task) as measured:
+            reached = reach(
+                goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
+            )
+        told((reached.plan, reached.achieved))
+        return reached.plan, reached.achieved
 
 
-def _told(model: TorchModel, pruned: Pruned) -> str:
-    kept, had = map(sum, zip(*pruned.channels.values(), strict=True))
-    sizes = [sum(p.numel() for p in module.parameters()) for module in (model.module, pruned.module)]
-    return (
-        f"removed {had - kept} of {had} channels ({pruned.pruning_ratio:.0%}) in {len(pruned.channels)} groups; "
-        f"parameters {sizes[0]} -> {sizes[1]}"
-    )
+def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
+    return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
