@@ -74,16 +74,16 @@ def resnet56() -> nn.Module:
     return ResNet(blocks=9)
 
 
-def prunable_resnet56(weights_file: Path) -> nn.Module:
+def prunable_resnet56(weights_path: Path) -> nn.Module:
     """ResNet-56 with the weights of `resnet56` in a file, and equal logits, whose shortcuts are layers.
 
     Zeros that a shortcut adds in `forward` stand before and behind the channels of the layers before it: such channels
     cannot leave one by one.
     """
     module = ResNet(blocks=9, projections=True)
-    incompatible = module.load_state_dict(load_file(weights_file), strict=False)
+    incompatible = module.load_state_dict(load_file(weights_path), strict=False)
     if incompatible.unexpected_keys or not all("projection" in key for key in incompatible.missing_keys):
-        msg = f"{weights_file} must hold the weights of resnet56, but: {incompatible}"
+        msg = f"{weights_path} must hold the weights of resnet56, but: {incompatible}"
         raise ValueError(msg)
     return module
 

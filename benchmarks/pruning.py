@@ -1,0 +1,255 @@
+"""Channel pruning of ResNet-56: `python benchmarks/pruning.py CIFAR10_DIR WEIGHTS_FILE`.
+
+At a half, a third and a quarter of the MACs, with the same few epochs of the same training: `magnitude_pruning` that
+recovers by distillation from soft labels, the same that recovers by labels alone, and Torch-Pruning's own recipe for
+this network (`GroupNormPruner`, global ranking, one-shot to the target) through its public API, then labels. Accuracy
+on the test images after the last step. Latency of every model beside the dense one's, under ONNX Runtime on one thread.
+Then the goals `latency_ratio` 2 and 3, searched for and measured again in another session.
+
+What is done is kept under runs/, and the same command goes on from there.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
+
+import cifar10
+
+from compressor.artifact import TorchModel, structural_edits
+from compressor.export import to_onnx
+from compressor.latency import time_models
+from compressor.measure import measure
+from compressor.plugins import Reference
+from compressor.report.environment import environment
+from compressor.stage import StageContext
+from compressor.stages.distillation.soft_labels import SoftLabels
+from compressor.stages.pruning.recovery import Recovery, recover
+from compressor.stages.pruning.stage import MagnitudePruning
+from compressor.task import Task
+
+README, BEGIN, END = ROOT / "README.md", "<!-- pruning:begin -->", "<!-- pruning:end -->"
+SEEDS, FACTORS, LATENCY_GOALS, GOAL_ROUND_TO = (0, 1, 2), (2, 3, 4), (2.0, 3.0), 8
+COURSE = {"epochs": 2, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}}
+CUT = {"criterion": "taylor", "allocation": "isomorphic", "round_to": 1}
+KD, HARD = {"kd": {"temperature": 4.0, "weight": 0.9}, "hard": {"weight": 0.1}}, {"hard": {}}
+RECOVERIES: Mapping[str, Mapping[str, Any]] = {
+    "distilled": {**COURSE, "losses": KD},
+    "labels": {**COURSE, "losses": HARD},
+    "torch_pruning": {**COURSE, "losses": HARD},
+}
+NAMES = {
+    "distilled": "compressor, distilled",
+    "labels": "compressor, labels",
+    "torch_pruning": "Torch-Pruning, labels",
+}
+
+
+def main() -> None:
+    """Run what is not there yet, then print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cifar10_dir", type=Path)
+    parser.add_argument("weights_file", type=Path)
+    parser.add_argument("--jobs", type=int, default=2, help="Processes, of one thread each.")
+    arguments = parser.parse_args()
+    kept = ROOT / "runs" / "benchmark_pruning"
+    kept.mkdir(parents=True, exist_ok=True)
+    where = {"data_dir": arguments.cifar10_dir, "weights_file": arguments.weights_file, "kept": kept}
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(partial(prepared, **where), SEEDS))
+        jobs = [
+            pool.submit(point, seed, method, factor, data_dir=arguments.cifar10_dir, kept=kept)
+            for seed in SEEDS
+            for factor in FACTORS
+            for method in RECOVERIES
+        ]
+        points = [job.result() for job in jobs]
+    torch.set_num_threads(1)
+    dense, task = stored(kept / "dense0"), cifar10.task(arguments.cifar10_dir)
+    files = {"dense": to_onnx(dense.module, task, kept / "dense.onnx").path}
+    files |= {
+        f"{method} {factor}": kept / f"{method}_{factor}_0" / "model.onnx"
+        for method in RECOVERIES
+        for factor in FACTORS
+    }
+    goals = {f"goal {asked}": latency_goal(asked, dense, task, kept) for asked in LATENCY_GOALS}
+    files |= {name: kept / f"{name}.onnx" for name in goals}
+    times, session = time_models(tuple(files.values()), inputs=[task.example_inputs[0][:1].numpy()])
+    result = {
+        "command": "python benchmarks/pruning.py CIFAR10_DIR WEIGHTS_FILE",
+        "cut": CUT,
+        "recoveries": RECOVERIES,
+        "dense": facts(dense, task, kept / "dense.onnx"),
+        "points": points,
+        "latency_goals": goals,
+        "latencies": {name: one.model_dump() for name, one in zip(files, times, strict=True)},
+        "latency_session": session.model_dump(),
+        "environment": environment(),
+    }
+    (ROOT / "benchmarks" / "results" / "pruning.json").write_text(json.dumps(result, indent=1) + "\n")
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+    print(table(result))
+
+
+def prepared(seed: int, *, data_dir: Path, weights_file: Path, kept: Path) -> None:
+    """Keep ResNet-56 with its answers to a seed's views and, for one seed, its cuts."""
+    torch.set_num_threads(1)
+    directory, task = kept / f"dense{seed}", cifar10.task(data_dir)
+    if not (directory / "model.json").exists():
+        reference = Reference(factory="cifar10:prunable_resnet56", weights_path=str(weights_file))
+        model = TorchModel(cifar10.prunable_resnet56(weights_file).eval(), reference)
+        directory.mkdir(exist_ok=True)
+        labels = SoftLabels(views=COURSE["epochs"]).apply(model, task, context(model, directory, seed))
+        labels.save(directory)
+    dense = stored(directory)
+    for factor in FACTORS if seed == SEEDS[0] else ():
+        for whose in ("compressor", "torch_pruning"):
+            cut = kept / f"cut_{whose}_{factor}"
+            if not (cut / "model.json").exists():
+                cut.mkdir(exist_ok=True)
+                macs = facts(dense, task, cut / "dense.onnx")["macs"] // factor
+                if whose == "compressor":
+                    smaller = MagnitudePruning(macs=macs, **CUT).apply(dense, task, context(dense, cut, seed))
+                else:
+                    smaller = cut_by_torch_pruning(dense, task, factor=factor)
+                smaller.save(cut)
+
+
+def cut_by_torch_pruning(model: TorchModel, task: Task, *, factor: int) -> TorchModel:
+    """Take up to 400 small steps of global group norms until the MACs are reached, as its reproduction script does."""
+    module = copy.deepcopy(model.module)
+    inputs = task.example_inputs[0][:1]
+    pruner = tp.pruner.GroupNormPruner(
+        module,
+        inputs,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=400,
+        ignored_layers=[module.linear],
+    )
+    macs, _ = tp.utils.count_ops_and_params(module, inputs)
+    while macs / tp.utils.count_ops_and_params(module, inputs)[0] < factor:
+        pruner.step()
+    return model.with_module(module, *structural_edits(model.module, module))
+
+
+def point(seed: int, method: str, factor: int, *, data_dir: Path, kept: Path) -> dict[str, Any]:
+    """Accuracy and size of ResNet-56 with 1 / `factor` of its MACs, after recovery."""
+    torch.set_num_threads(1)
+    directory = kept / f"{method}_{factor}_{seed}"
+    directory.mkdir(exist_ok=True)
+    file, settings = directory / "result.json", json.loads(json.dumps([CUT, RECOVERIES[method]]))
+    if not file.exists() or json.loads(file.read_text())["settings"] != settings:
+        task, dense = cifar10.task(data_dir), stored(kept / f"dense{seed}")
+        whose = "torch_pruning" if method == "torch_pruning" else "compressor"
+        recovery = Recovery.model_validate_json(json.dumps(RECOVERIES[method]))
+        start = time.perf_counter()
+        model = recover(stored(kept / f"cut_{whose}_{factor}"), recovery, task, context(dense, directory, seed))
+        seconds = time.perf_counter() - start
+        found = facts(model, task, directory / "model.onnx")
+        about = {"method": method, "factor": factor, "seed": seed}
+        file.write_text(json.dumps({"settings": settings, **about, **found, "seconds": seconds}))
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def latency_goal(asked: float, dense: TorchModel, task: Task, kept: Path) -> dict[str, Any]:
+    """Search for a model that is `asked` times as fast; what the search measured, and what the model has left."""
+    found: dict[str, Any] = {"asked": asked}
+
+    def reached(_name: str, _asked: float, achieved: float) -> None:
+        found["achieved"] = achieved
+
+    directory = kept / f"goal {asked}"
+    directory.mkdir(exist_ok=True)
+    stage = MagnitudePruning(latency_ratio=asked, **{**CUT, "round_to": GOAL_ROUND_TO})
+    start = time.perf_counter()
+    model = stage.apply(dense, task, replace(context(dense, directory, 0), reached=reached))
+    found["seconds"] = time.perf_counter() - start
+    return {**found, **facts(model, task, kept / f"goal {asked}.onnx")}
+
+
+def context(reference: TorchModel, directory: Path, seed: int) -> StageContext:
+    """What a stage is told; its lines begin with the name of `directory`."""
+    return StageContext(
+        reference, torch.device("cpu"), seed, directory, lambda line: print(f"{directory.name}: {line}", flush=True)
+    )
+
+
+def stored(directory: Path) -> TorchModel:
+    """Take a model from a directory."""
+    return TorchModel.load(directory)
+
+
+def facts(model: TorchModel, task: Task, file: Path) -> dict[str, Any]:
+    """Size, MACs and accuracy of a model in its ONNX form."""
+    measured = measure(to_onnx(model.module, task, file).path, task).measurement
+    return {
+        "macs": measured.macs,
+        "parameters": measured.parameters,
+        "size_bytes": measured.size_bytes,
+        "accuracy": measured.metrics["accuracy"],
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    dense, latencies = result["dense"], result["latencies"]
+    lines = [
+        "| fewer MACs | method | accuracy | faster | parameters |",
+        "|--:|---|--:|--:|--:|",
+        f"| 1x | ResNet-56 | {100 * dense['accuracy']:.2f} % | 1x | {dense['parameters']:,} |",
+    ]
+    for factor in FACTORS:
+        for method, name in NAMES.items():
+            points = [one for one in result["points"] if (one["method"], one["factor"]) == (method, factor)]
+            accuracies = [100 * one["accuracy"] for one in points]
+            fewer = dense["macs"] / points[0]["macs"]
+            lines.append(
+                f"| {fewer:.2f}x | {name} | {statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} % | "
+                f"{interval(latencies[f'{method} {factor}'])} | {points[0]['parameters']:,} |"
+            )
+    lines += [
+        "",
+        "| `latency_ratio` asked | achieved in the search | measured again | fewer MACs |",
+        "|--:|--:|--:|--:|",
+    ]
+    for name, goal in result["latency_goals"].items():
+        lines.append(
+            f"| {goal['asked']}x | {goal['achieved']:.2f}x | {interval(latencies[name])} | "
+            f"{dense['macs'] / goal['macs']:.2f}x |"
+        )
+    environment_facts = result["environment"]
+    versions = ", ".join(f"{name} {environment_facts['versions'][name]}" for name in ("torch", "torch-pruning"))
+    source = (
+        f"<sub>`{result['command']}`: CIFAR-10 as JPEG files, {COURSE['epochs']} epochs of recovery, {len(SEEDS)} "
+        f"seeds, mean ± standard deviation. {environment_facts['cpu']}, {versions}; all of it in "
+        "[pruning.json](benchmarks/results/pruning.json).</sub>"
+    )
+    return "\n".join([*lines, "", source])
+
+
+def interval(latency: Mapping[str, float]) -> str:
+    """A ratio of times with its 95 % interval."""
+    return f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
