@@ -78,10 +78,17 @@ def _idle_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
     faster = (
         before.latency is not None and after.latency is not None and after.latency.ratio_low > before.latency.ratio_high
     )
+    measured = (
+        f" It is {'faster' if faster else 'no faster'}: {speed(after.latency)}, {old} {speed(before.latency)}, both "
+        "beside the baseline."
+        if before.latency is not None and after.latency is not None
+        else ""
+    )
     yield (
-        f"{share:.0f} % of the parameters of {new} are zero, but its file is as large as that of {old}"
-        f"{'' if faster else ' and it is no faster'}: zeros are stored and multiplied like other numbers; "
-        f"they only compress better, to {size(now.transfer_bytes)} after {size(was.transfer_bytes)} (gzip)."
+        f"{share:.0f} % of the parameters of {new} are zero, {now.nonzero:,} of {now.parameters:,} are not, but "
+        f"its file is as large as that of {old}, {size(now.size_bytes)} after {size(was.size_bytes)}: zeros are stored "
+        f"and multiplied like other numbers; they only compress better, to {size(now.transfer_bytes)} after "
+        f"{size(was.transfer_bytes)} (gzip).{measured}"
     )
 
 

@@ -67,10 +67,12 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a model with zeros. Raises StageError if weights cannot be pruned, or more are zero than asked."""
         layers = prunable_weights(model.module, task.example_inputs, protect=self.protect)
+        done = 0
         for sparsity, epochs in self._steps(model.module, layers):
             model = self._pruned(model, layers, sparsity, log=context.log)
             if self.recovery is not None:
-                model = recover(model, self.recovery, task, context, epochs=epochs)
+                model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
+                done += epochs
         return model
 
     def _steps(self, module: nn.Module, layers: Mapping[str, int]) -> list[tuple[float | None, int]]:
