@@ -174,6 +174,14 @@ def test_weights_without_effect_are_refused_unless_protected(digits_task):
     assert len(prunable_weights(module, digits_task.example_inputs, protect=("forgotten",))) == 4
 
 
+def test_weights_computed_from_others_are_refused_unless_protected(digits_task):
+    module = PlainNetwork()
+    nn.utils.parametrizations.weight_norm(module.fc1)
+    with pytest.raises(StageError, match=r"must be parameters .* computed from others: fc1\.weight"):
+        prunable_weights(module, digits_task.example_inputs)
+    assert "fc1.weight" not in prunable_weights(module, digits_task.example_inputs, protect=("fc1",))
+
+
 def test_weights_that_are_not_finite_are_refused(digits_task):
     module = PlainNetwork()
     with torch.no_grad():
