@@ -133,9 +133,17 @@ def test_zeros_that_make_the_file_no_smaller_are_called_what_they_are():
     assert told[0] == (
         "50 % of the parameters of zeroing are zero, 12,500 of 25,000 are not, but its file is as large as that of "
         "distillation, 58.0 kB after 58.0 kB: zeros are stored and multiplied like other numbers; they only compress "
-        "better, to 31.0 kB after 52.0 kB (gzip). It is no faster: 4.12x faster [4.08, 4.16], distillation 4.10x "
-        "faster [4.06, 4.14], both beside the baseline."
+        "better, to 31.0 kB after 52.0 kB (gzip). It is no faster; beside the baseline: 4.12x faster [4.08, "
+        "4.16], distillation 4.10x faster [4.06, 4.14]."
     )
+
+
+def test_a_gain_of_speed_by_zeros_is_claimed_only_beyond_the_noise():
+    within, beyond = (row("b", nonzero=12_500, timed=latency(ratio, 0.001)) for ratio in (1.004, 1.1))
+    (told,) = remarks(report(row("a"), within, noise=latency(1.0, 0.005)))
+    assert told.endswith("It is no faster; beside the baseline: 1.004x faster [1.003, 1.005].")
+    (told,) = remarks(report(row("a"), beyond, noise=latency(1.0, 0.005)))
+    assert "It is faster; beside the baseline: 1.1" in told
 
 
 def test_zeros_that_come_with_a_smaller_file_are_not_mentioned():
