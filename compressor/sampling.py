@@ -95,18 +95,27 @@ def draws(data: TrainingData, batch_size: int, processes: int) -> Draws:
 
 
 def training_batches(
-    data: TrainingData, drawn: Draws, *, epochs: int, seed: int, process: int = 0, processes: int = 1
+    data: TrainingData,
+    drawn: Draws,
+    *,
+    epochs: int,
+    seed: int,
+    first_epoch: int = 0,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[TrainingBatch]:
     """Yield this process's share of each batch of each epoch; `seed` chooses the order.
 
     Every epoch draws each split in another order, and goes through it again in yet another if it needs more samples
-    than the split has.
+    than the split has. `first_epoch` epochs are passed over.
     """
     generator = torch.Generator().manual_seed(seed)
     first = len(data.labeled)
-    for epoch in range(epochs):
+    for epoch in range(first_epoch + epochs):
         labeled = _order(first, drawn.steps * drawn.labeled, epoch, generator)
         unlabeled = _order(len(data) - first, drawn.steps * drawn.unlabeled, epoch, generator)
+        if epoch < first_epoch:
+            continue
         for step in range(drawn.steps):
             rows, views = labeled[:, step * drawn.labeled : (step + 1) * drawn.labeled][:, process::processes]
             batch = gather(data.labeled, rows)

@@ -89,6 +89,7 @@ def fit(
     log: Callable[[str], None],
     record: Callable[[Mapping[str, float]], None] = lambda _means: None,
     zeros: Collection[str] = (),
+    first_epoch: int = 0,
 ) -> nn.Module:
     """Train a copy of `module` to lower `objective`; return it on the CPU, in eval mode.
 
@@ -97,6 +98,7 @@ def fit(
     of them gives the same weights, except for BatchNorm, dropout and losses between samples, which see one process's
     share; BatchNorm's statistics are then the mean over processes. With a GPU the forward pass runs in mixed precision.
     `record` is given the mean of each loss over each epoch. `zeros` names parameters of `module` whose zeros stay.
+    `first_epoch` epochs of samples count as seen: order and augmentation go on from there.
 
     Raises InputError if the data is empty or a batch does not divide as asked, StageError if no parameter may move or
     a loss is not finite; the message has the step and the learning rate.
@@ -109,6 +111,7 @@ def fit(
         drawn,
         epochs=epochs,
         seed=seed,
+        first_epoch=first_epoch,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )

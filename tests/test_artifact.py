@@ -1,7 +1,9 @@
+import copy
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,64 @@ def test_resized_buffer_that_is_not_saved_is_refused():
     smaller.scale = torch.ones(8)
     with pytest.raises(StageError, match="scale has persistent=False"):
         structural_edits(UnsavedBuffer(), smaller)
+
+
+def sparse(reference: Reference = PLAIN, **zeros: int) -> TorchModel:
+    """A model whose named weights begin with so many zeros, and promise them."""
+    model = TorchModel.build(reference, seed=0)
+    promised = {f"{name.replace('__', '.')}.weight": count for name, count in zeros.items()}
+    with torch.no_grad():
+        for name, count in promised.items():
+            model.module.get_parameter(name).flatten()[:count] = 0
+    return replace(model, zeros=promised)
+
+
+def test_promised_zeros_survive_saving_and_do_not_change_the_digest(tmp_path):
+    model = sparse(fc1=1000)
+    model.save(tmp_path)
+    assert TorchModel.load(tmp_path).zeros == {"fc1.weight": 1000}
+    assert model.digest == replace(model, zeros={}).digest
+
+
+def test_a_model_that_lost_promised_zeros_is_refused_with_their_number(tmp_path):
+    model = sparse(fc1=1000)
+    trained = copy.deepcopy(model.module)
+    with torch.no_grad():
+        trained.fc1.weight[0, :3] = 1
+    with pytest.raises(StageError, match=r"fc1\.weight must keep its 1000 zeros, got 997; pass the names"):
+        model.with_module(trained)
+    model.save(tmp_path)
+    trained.fc1.weight.detach()[0, 3:] = 1
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(StageError, match=r"fc1\.weight must keep its 1000 zeros"):
+        TorchModel.load(tmp_path)
+
+
+def test_a_promise_about_no_parameter_is_refused():
+    with pytest.raises(StageError, match=r"fc9\.weight must keep its 1 zeros, got no such parameter"):
+        replace(TorchModel.build(PLAIN, seed=0), zeros={"fc9.weight": 1})
+
+
+def test_a_model_saved_before_there_were_promises_loads(tmp_path):
+    TorchModel.build(PLAIN, seed=0).save(tmp_path)
+    recipe = json.loads((tmp_path / "model.json").read_text())
+    del recipe["zeros"]
+    (tmp_path / "model.json").write_text(json.dumps(recipe))
+    assert TorchModel.load(tmp_path).zeros == {}
+
+
+def test_zeros_are_counted_anew_in_weights_that_lost_channels(tmp_path, digits_task):
+    model = sparse(fc1=1000, conv2=500)
+    smaller = pruned(model, digits_task.example_inputs, 0.5)
+    assert smaller.zeros == {
+        f"{name}.weight": int((smaller.module.get_submodule(name).weight == 0).sum()) for name in ("fc1", "conv2")
+    }
+    smaller.save(tmp_path)
+    assert TorchModel.load(tmp_path).zeros == smaller.zeros
+
+
+def test_promises_follow_the_layers_that_a_stack_keeps():
+    model = sparse(Reference(factory="networks:StackedNetwork"), stack1__1__conv=7, stack1__5__conv=11, stem=3)
+    fewer = Edit(path="stack1", children=("0", "5"))
+    shorter = model.with_module(apply_edits(model.module, (fewer,)), fewer)
+    assert shorter.zeros == {"stack1.1.conv.weight": 11, "stem.weight": 3}

@@ -206,6 +206,45 @@ def test_targets_that_are_no_classes_may_hold_any_number(digits_task):
     assert epochs == [{"hard": pytest.approx(expected, rel=1e-5)}]
 
 
+def half_empty() -> nn.Module:
+    """The small network, every second weight of its linear layer zero."""
+    module = small_network()
+    with torch.no_grad():
+        module[3].weight[:, ::2] = 0
+    return module
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_named_zeros_stay_while_the_weights_beside_them_and_other_zeros_move(digits_task, name):
+    module = half_empty()
+    with torch.no_grad():
+        module[0].weight[:, :, 0] = 0
+    trained = fit_briefly(
+        module, digits_task.train, zeros=["3.weight"], optimizer=Optimizer(name=name, weight_decay=0.1)
+    )
+    assert torch.equal(trained[3].weight == 0, module[3].weight == 0)
+    assert (trained[3].weight != module[3].weight)[:, 1::2].any()
+    assert trained[0].weight.all()
+
+
+def test_zeros_that_are_not_named_move(digits_task):
+    unmasked = fit_briefly(half_empty(), digits_task.train, epochs=1)
+    assert (unmasked[3].weight[:, ::2] != 0).any()
+
+
+def test_training_in_two_parts_sees_the_samples_of_training_at_once(digits_task):
+    still = Optimizer(name="sgd", learning_rate=1e-2, momentum=0.0, schedule="constant", warmup=0.0)
+    settings = {"optimizer": still, "augmentation": Augmentation(numbers=1, apply=brighter)}
+    whole = fit_briefly(small_network(), digits_task.train, epochs=3, **settings)
+    first = fit_briefly(small_network(), digits_task.train, epochs=1, **settings)
+    second = fit_briefly(first, digits_task.train, epochs=2, first_epoch=1, **settings)
+    assert torch.equal(parameters(second), parameters(whole))
+
+
+def brighter(inputs, uniform):
+    return (inputs[0] + uniform[:, :, None, None],)
+
+
 DISTRIBUTED = """
 import sys
 import torch
@@ -219,7 +258,7 @@ from compressor.stage import StageContext
 from compressor.training import Optimizer
 from dataclasses import replace
 from tests.conftest import digits_task
-from tests.test_training import fit_briefly, masked, small_network
+from tests.test_training import fit_briefly, half_empty, masked, small_network
 
 SGD = Optimizer(name="sgd", learning_rate=1e-2)
 directory = Path(sys.argv[1])
@@ -239,6 +278,9 @@ def distilled(record, **losses):
 
 fits = {
     "plain": lambda record: fit_briefly(small_network(), task.train, epochs=2, batch_size=64, record=record),
+    "zeros": lambda record: fit_briefly(
+        half_empty(), task.train, epochs=1, batch_size=64, optimizer=SGD, zeros=["3.weight"], record=record
+    ),
     # Of a batch of 4 often one sample counts, or none: the processes have unequal numbers.
     "masked": lambda record: fit_briefly(
         small_network(), masked(task.train, 5), epochs=1, batch_size=4, optimizer=SGD, record=record
@@ -272,10 +314,17 @@ def fits_of_one_and_two(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["plain", "masked", "hint", "hint_alone"])
+@pytest.mark.parametrize("name", ["plain", "zeros", "masked", "hint", "hint_alone"])
 def test_two_processes_give_the_weights_and_the_recorded_losses_of_one(fits_of_one_and_two, name):
     one = load_file(fits_of_one_and_two / f"one/{name}0.safetensors")
     for rank in (0, 1):
         other = load_file(fits_of_one_and_two / f"two/{name}{rank}.safetensors")
         for key, tensor in one.items():
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6)  # the order of float32 sums differs
+
+
+def test_zeros_stay_in_every_process(fits_of_one_and_two):
+    for rank in (0, 1):
+        weight = load_file(fits_of_one_and_two / f"two/zeros{rank}.safetensors")["3.weight"]
+        assert not weight[:, ::2].any()
+        assert weight[:, 1::2].all()

@@ -35,13 +35,14 @@ def distil(
     batch_size: int,
     optimizer: Optimizer,
     zeros: Collection[str] = (),
+    first_epoch: int = 0,
 ) -> nn.Module:
     """Return a copy of `student` trained to lower `losses` against `teacher`.
 
     The teacher's soft labels are read if it has them and no loss looks into the models; else it runs on the student's
     own view of each batch. `combine` is that of the ensemble unless given. `unlabeled_share` is the part of each batch
     that `task.unlabeled` fills, a half unless given; those samples take part in the losses that need no label. `zeros`
-    names parameters of the student whose zeros stay.
+    names parameters of the student whose zeros stay; `first_epoch` epochs of samples count as seen.
 
     Raises InputError, before any training, if a layer is not there, features cannot be compared, or the soft labels
     are those of another teacher or other data; and what `fit` raises.
@@ -64,6 +65,7 @@ def distil(
         log=context.log,
         record=context.record,
         zeros=[f"student.{name}" for name in zeros],
+        first_epoch=first_epoch,
     )
     return trained.get_submodule("student")
 

@@ -36,11 +36,12 @@ def lamp_scores(weight: Tensor) -> Tensor:
     Layer-adaptive magnitude, arXiv 2010.07611: how much of what would be left of the layer the weight is. Float64, of
     the shape of `weight`, in [0, 1]; the largest weight has 1, unless all are zero.
     """
-    squares = weight.detach().double().square()
-    ascending = squares.flatten().sort().values
-    not_smaller = ascending.flip(0).cumsum(0).flip(0)
-    sums = not_smaller[torch.searchsorted(ascending, squares)]
-    return torch.where(squares == 0, 0.0, squares / sums)
+    ascending, order = weight.detach().abs().flatten().sort()
+    squares = ascending.double().square()
+    not_smaller = squares.flip(0).cumsum(0).flip(0)
+    sums = not_smaller[torch.searchsorted(ascending, ascending)]  # equal weights have equal scores
+    scores = torch.where(squares == 0, 0.0, squares / sums)
+    return torch.empty_like(scores).scatter_(0, order, scores).view(weight.shape)
 
 
 def erk_densities(shapes: Sequence[Sequence[int]], sparsity: float) -> tuple[float, ...]:

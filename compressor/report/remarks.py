@@ -32,7 +32,7 @@ def remarks(report: Report) -> tuple[str, ...]:
     for (before, old), (after, new) in pairwise(zip(report.rows, labels, strict=True)):
         found += _larger(before, after, old, new)
         found += _slower(before, after, old, new, report.latency_session)
-        found += _idle_zeros(before, after, old, new)
+        found += _idle_zeros(before, after, old, new, report.latency_session)
         for metric in report.metrics:
             found += _worse(before, after, old, new, metric)
     return tuple(found)
@@ -70,18 +70,27 @@ def _noise(latency: Latency) -> float:
     return max(latency.ratio_high, 1 / latency.ratio_low)
 
 
-def _idle_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
+def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySession | None) -> Iterator[str]:
     was, now = before.measurement, after.measurement
     if now.parameters != was.parameters or now.nonzero >= was.nonzero or now.size_bytes < 0.99 * was.size_bytes:
         return
     share = 100 * (1 - now.nonzero / now.parameters)
-    faster = (
-        before.latency is not None and after.latency is not None and after.latency.ratio_low > before.latency.ratio_high
-    )
     yield (
-        f"{share:.0f} % of the parameters of {new} are zero, but its file is as large as that of {old}"
-        f"{'' if faster else ' and it is no faster'}: zeros are stored and multiplied like other numbers; "
-        f"they only compress better, to {size(now.transfer_bytes)} after {size(was.transfer_bytes)} (gzip)."
+        f"{share:.0f} % of the parameters of {new} are zero, {now.nonzero:,} of {now.parameters:,} are not, but "
+        f"its file is as large as that of {old}, {size(now.size_bytes)} after {size(was.size_bytes)}: zeros are stored "
+        f"and multiplied like other numbers; they only compress better, to {size(now.transfer_bytes)} after "
+        f"{size(was.transfer_bytes)} (gzip).{_speed_with_zeros(before, after, old, session)}"
+    )
+
+
+def _speed_with_zeros(before: Row, after: Row, old: str, session: LatencySession | None) -> str:
+    if before.latency is None or after.latency is None or session is None:
+        return ""
+    faster = after.latency.ratio_low / before.latency.ratio_high > _noise(session.noise)
+    is_baseline = before.latency.ratio_low == before.latency.ratio_high
+    return (
+        f" It is {'faster' if faster else 'no faster'}; beside the baseline: {speed(after.latency)}"
+        f"{'' if is_baseline else f', {old} {speed(before.latency)}'}."
     )
 
 

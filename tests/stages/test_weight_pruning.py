@@ -7,14 +7,18 @@ from torch import nn
 
 from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
+from compressor.export import to_onnx
+from compressor.onnx_facts import read_facts
 from compressor.plugins import Reference
 from compressor.stage import StageContext
 from compressor.stages.distillation.stage import Distillation
 from compressor.stages.pruning.weights import WeightPruning, prunable_weights
+from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.training import Training
 from compressor.task import evaluate
 from compressor.testing import check_stage
-from networks import PlainNetwork, ResidualNetwork, TiedNetwork
+from models import SeparableNetwork, SequenceNetwork, SignalNetwork
+from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, TiedNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")
 SCHEDULED = {
@@ -170,6 +174,14 @@ def test_weights_without_effect_are_refused_unless_protected(digits_task):
     assert len(prunable_weights(module, digits_task.example_inputs, protect=("forgotten",))) == 4
 
 
+def test_weights_computed_from_others_are_refused_unless_protected(digits_task):
+    module = PlainNetwork()
+    nn.utils.parametrizations.weight_norm(module.fc1)
+    with pytest.raises(StageError, match=r"must be parameters .* computed from others: fc1\.weight"):
+        prunable_weights(module, digits_task.example_inputs)
+    assert "fc1.weight" not in prunable_weights(module, digits_task.example_inputs, protect=("fc1",))
+
+
 def test_weights_that_are_not_finite_are_refused(digits_task):
     module = PlainNetwork()
     with torch.no_grad():
@@ -193,6 +205,46 @@ def test_a_pattern_that_fits_no_layer_is_refused(digits_task):
         StageError, match=r"2:4 needs a layer whose input channels are a multiple of 4, got 0\.weight \(1"
     ):
         WeightPruning(pattern="2:4").rehearse(model, model, digits_task)
+
+
+class AttentionNetwork(nn.Module):
+    """A transformer encoder of torch over the rows of (N, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(x.squeeze(1)).mean(1))
+
+
+def zeros_in_the_file(path: Path, inputs) -> int:
+    facts = read_facts(path, [tensor[:1].numpy() for tensor in inputs])
+    return facts.parameters - facts.nonzero
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        PlainNetwork,
+        ResidualNetwork,
+        ConcatenatedNetwork,
+        SeparableNetwork,
+        SignalNetwork,
+        SequenceNetwork,
+        AttentionNetwork,
+    ],
+)
+def test_zeros_survive_the_export_and_int8(digits_task, tmp_path, network):
+    torch.manual_seed(0)
+    model = TorchModel(network().eval(), PLAIN)
+    sparse = WeightPruning(sparsity=0.8).apply(model, digits_task, context(model, tmp_path))
+    promised = sum(sparse.zeros.values())
+    exported = to_onnx(sparse.module, digits_task, tmp_path / "float.onnx")
+    quantized = Int8Ptq(calibration_samples=32).apply(sparse, digits_task, context(model, tmp_path))
+    for model_file in (exported, quantized):
+        assert zeros_in_the_file(model_file.path, digits_task.example_inputs) >= promised
 
 
 @pytest.mark.parametrize(

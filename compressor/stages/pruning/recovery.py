@@ -30,11 +30,18 @@ class Recovery(BaseModel):
 
 
 def recover(
-    model: TorchModel, recovery: Recovery, task: Task, context: StageContext, *, epochs: int | None = None
+    model: TorchModel,
+    recovery: Recovery,
+    task: Task,
+    context: StageContext,
+    *,
+    epochs: int | None = None,
+    first_epoch: int = 0,
 ) -> TorchModel:
     """Return `model` trained for `epochs`, those of `recovery` unless given; its zeros stay.
 
-    Raises what `distil` raises.
+    Between steps of pruning `first_epoch` counts the epochs before, so that samples come in ever new views. Raises
+    what `distil` raises.
     """
     recovered = distil(
         model.module,
@@ -48,6 +55,7 @@ def recover(
         batch_size=recovery.batch_size,
         optimizer=recovery.optimizer,
         zeros=model.zeros,
+        first_epoch=first_epoch,
     )
     return model.with_module(recovered)
 

@@ -67,10 +67,12 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a model with zeros. Raises StageError if weights cannot be pruned, or more are zero than asked."""
         layers = prunable_weights(model.module, task.example_inputs, protect=self.protect)
+        done = 0
         for sparsity, epochs in self._steps(model.module, layers):
             model = self._pruned(model, layers, sparsity, log=context.log)
             if self.recovery is not None:
-                model = recover(model, self.recovery, task, context, epochs=epochs)
+                model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
+                done += epochs
         return model
 
     def _steps(self, module: nn.Module, layers: Mapping[str, int]) -> list[tuple[float | None, int]]:
@@ -127,7 +129,7 @@ def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tupl
     """Names of the weights that can become zero, each with its dimension of input channels.
 
     Raises InputError if a path of `protect` matches no layer; StageError if a weight that is not protected is frozen,
-    shared between modules, not finite or takes no part in the outputs, or if no weight is left.
+    computed from others, shared between modules, not finite or takes no part in the outputs, or if none is left.
     """
     protected = {path for pattern in protect for path in paths_matching(module, pattern)}
     found: dict[str, int] = {}
@@ -138,9 +140,11 @@ def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tupl
     if not found:
         msg = f"{type(module).__name__} must have a convolution or linear layer that is not protected, got none"
         raise StageError(msg)
-    weights = {name: module.get_parameter(name) for name in found}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    _refuse("be parameters", "computed from others", [name for name in found if name not in parameters])
+    weights = {name: parameters[name] for name in found}
     names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     _refuse("have requires_grad", "frozen", [name for name, weight in weights.items() if not weight.requires_grad])
     shared = [" = ".join(names[id(weight)]) for weight in weights.values() if len(names[id(weight)]) > 1]
