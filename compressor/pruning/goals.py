@@ -1,0 +1,160 @@
+"""Goals instead of ratios: the smallest cut with which a measured quantity is what was asked."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from compressor.artifact import OnnxModel
+from compressor.errors import StageError
+from compressor.export import to_onnx
+from compressor.latency import time_models
+from compressor.onnx_facts import count_parameters
+from compressor.onnx_macs import count_macs
+from compressor.onnx_reading import load_graph
+from compressor.pruning.channels import Pruned
+from compressor.pruning.groups import Plan
+from compressor.task import Task
+
+Quantity: TypeAlias = Literal["parameters", "macs", "size_bytes", "latency_ratio"]
+"""Each as the report shows it for the model's ONNX form."""
+
+Measure: TypeAlias = Callable[[nn.Module], float]
+
+_TIMING_PRECISION = 0.01
+"""Half width of the interval of a ratio at which its timing ends: 0.01 = 1 %."""
+_LARGEST = 1 - 1e-9
+"""The ratio that leaves every group at its smallest."""
+_RESOLUTION = 1e-9
+"""Ratios nearer than this are one: with two groups of 10,000 units each, plans follow one another by 1e-8."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a quantity must be after pruning: `parameters`, `macs` and `size_bytes` at most, `latency_ratio` at least.
+
+    `latency_ratio` is the baseline's time divided by that of the pruned model: 2 = twice as fast.
+    """
+
+    quantity: Quantity
+    asked: float
+
+    def is_met(self, achieved: float) -> bool:
+        """Whether `achieved` is what was asked or better."""
+        return achieved >= self.asked if self.quantity == "latency_ratio" else achieved <= self.asked
+
+    def is_met_closely(self, achieved: float) -> bool:
+        """Whether a smaller cut that also meets the goal could not be told apart: times have errors, counts do not."""
+        tolerance = _TIMING_PRECISION if self.quantity == "latency_ratio" else 0
+        return self.is_met(achieved) and abs(achieved - self.asked) <= tolerance * self.asked
+
+    def __str__(self) -> str:
+        bound = "at least" if self.quantity == "latency_ratio" else "at most"
+        return f"{self.quantity} must be {bound} {self.shown(self.asked)}"
+
+    def shown(self, value: float) -> str:
+        """`value` in digits that say something."""
+        return f"{value:.3g}" if self.quantity == "latency_ratio" else f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The pruned module that meets a goal, and the cut that it took."""
+
+    pruned: Pruned
+    plan: Plan
+    pruning_ratio: float
+    """What was asked of the allocation to get `plan`; `pruned.pruning_ratio` is the share that left."""
+    achieved: float
+
+
+def reach(
+    goal: Goal,
+    module: nn.Module,
+    *,
+    plan_of: Callable[[float], Plan],
+    cut: Callable[[Plan], Pruned],
+    measured: Measure,
+    log: Callable[[str], None],
+) -> Reached:
+    """Find the smallest cut of `module` that meets `goal`, by bisection over the pruning ratio.
+
+    `plan_of` takes a ratio in (0, 1); a larger one must remove the same units and more. No plan is measured twice. What
+    is returned met the goal when it was measured, and the next smaller plan did not; only a `latency_ratio` within the
+    precision of its measurement, 1 % above what was asked, ends the search sooner.
+
+    Raises StageError if `module` meets the goal uncut, or if the largest cut does not meet it; the message says what
+    was found.
+    """
+    uncut = measured(module)
+    if goal.is_met(uncut):
+        msg = f"{goal}, which the model meets uncut with {goal.shown(uncut)}; ask for more, or leave out the pruning"
+        raise StageError(msg)
+
+    def tried(pruning_ratio: float, plan: Plan) -> Reached:
+        pruned = cut(plan)
+        found = Reached(pruned, plan, pruning_ratio, measured(pruned.module))
+        shown = f"{goal.quantity} {goal.shown(goal.asked)} asked, {goal.shown(found.achieved)} achieved"
+        log(f"{shown} with {pruned.pruning_ratio:.1%} of the channels removed")
+        return found
+
+    best = tried(_LARGEST, _removing(plan_of(_LARGEST)))
+    if not goal.is_met(best.achieved):
+        msg = (
+            f"{goal}, but the best reachable is {goal.shown(best.achieved)}, with every group of channels at its "
+            f"smallest, from {goal.shown(uncut)} uncut; ask for less, protect fewer layers or lower round_to"
+        )
+        raise StageError(msg)
+    low, too_little = 0.0, _removing({})
+    while best.pruning_ratio - low > _RESOLUTION and not goal.is_met_closely(best.achieved):
+        middle = (low + best.pruning_ratio) / 2
+        plan = _removing(plan_of(middle))
+        if plan == too_little:
+            low = middle
+        elif plan == best.plan:
+            best = replace(best, pruning_ratio=middle)
+        elif goal.is_met((found := tried(middle, plan)).achieved):
+            best = found
+        else:
+            low, too_little = middle, plan
+    return best
+
+
+def _removing(plan: Plan) -> Plan:
+    """`plan` without the groups that stay whole, so that equal cuts are equal plans."""
+    return {path: units for path, units in plan.items() if units}
+
+
+@contextmanager
+def measure_of(quantity: Quantity, reference: nn.Module, task: Task, *, max_seconds: float = 4.0) -> Iterator[Measure]:
+    """Give a function that exports a module and measures `quantity`; its files are gone afterwards.
+
+    Counts are for the first example input. For `latency_ratio` the module and `reference`, the baseline, take turns in
+    one session on one thread, until the ratio's interval is ± 1 % or `max_seconds` each have passed.
+    """
+    inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+
+        def exported(module: nn.Module) -> OnnxModel:
+            return to_onnx(module, task, directory / "candidate.onnx")
+
+        def latency_ratio(module: nn.Module) -> float:
+            paths = (baseline.path, exported(module).path)
+            (_, latency), _ = time_models(paths, inputs=inputs, precision=_TIMING_PRECISION, max_seconds=max_seconds)
+            return latency.ratio
+
+        if quantity == "latency_ratio":
+            baseline = to_onnx(reference, task, directory / "baseline.onnx")
+            yield latency_ratio
+        else:
+            counts: Mapping[str, Callable[[OnnxModel], int]] = {
+                "parameters": lambda model: count_parameters(load_graph(model.path), directory)[0],
+                "macs": lambda model: count_macs(load_graph(model.path), inputs, directory),
+                "size_bytes": lambda model: sum(file.stat().st_size for file in model.files),
+            }
+            yield lambda module: counts[quantity](exported(module))
