@@ -103,12 +103,7 @@ def reach(
         return found
 
     best = tried(LARGEST, _removing(plan_of(LARGEST)))
-    if not goal.is_met(best.achieved):
-        msg = (
-            f"{goal}, but the best reachable is {goal.shown(best.achieved)}, with every group of channels at its "
-            f"smallest, from {goal.shown(uncut)} uncut; ask for less, protect fewer layers or lower round_to"
-        )
-        raise StageError(msg)
+    check_reachable(goal, best.achieved)
     low, too_little = 0.0, _removing({})
     while best.pruning_ratio - low > _RESOLUTION and not goal.is_met_closely(best.achieved):
         middle = (low + best.pruning_ratio) / 2
