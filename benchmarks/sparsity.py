@@ -112,7 +112,7 @@ def lenet(seed: int, name: str, data_dir: Path, kept: Path) -> list[dict[str, An
         return Training(**SETTINGS["lenet_training"]).apply(dense, task, context(dense, "training"))
 
     baseline = stored(directory / "baseline", trained)
-    rows = [figures(baseline, task, directory, "dense", seed=seed, model=name, sparsity=0.0)]
+    rows = [figures(baseline, task, directory, "dense", seed=seed, network=name, sparsity=0.0)]
     for sparsity in LENET_SPARSITIES:
         pruning = WeightPruning.model_validate_json(json.dumps({**SETTINGS["lenet_pruning"], "sparsity": sparsity}))
         part = f"pruned{sparsity}"
@@ -121,9 +121,9 @@ def lenet(seed: int, name: str, data_dir: Path, kept: Path) -> list[dict[str, An
             return pruning.apply(baseline, task, context(baseline, part))
 
         sparse = stored(directory / f"{part}_model", pruned)
-        rows.append(figures(sparse, task, directory, part, seed=seed, model=name, sparsity=sparsity))
+        rows.append(figures(sparse, task, directory, part, seed=seed, network=name, sparsity=sparsity))
         int8 = Int8Ptq().apply(sparse, task, context(baseline, f"int8{sparsity}"))
-        rows.append(figures(int8, task, directory, f"{part}_int8", seed=seed, model=name, sparsity=sparsity))
+        rows.append(figures(int8, task, directory, f"{part}_int8", seed=seed, network=name, sparsity=sparsity))
     return rows
 
 
@@ -146,7 +146,7 @@ def resnet56(
         start = time.perf_counter()
         pruning = WeightPruning.model_validate_json(json.dumps(settings))
         sparse = pruning.apply(answered, task, replace(context, reference=answered))
-        facts = figures(sparse, task, directory, "model", seed=seed, model="resnet56", sparsity=sparsity)
+        facts = figures(sparse, task, directory, "model", seed=seed, network="resnet56", sparsity=sparsity)
         seconds = time.perf_counter() - start
         file.write_text(json.dumps({"settings": settings, **facts, "allocation": allocation, "seconds": seconds}))
     found: dict[str, Any] = json.loads(file.read_text())
@@ -183,7 +183,7 @@ def table(result: Mapping[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name in LENETS:
-        rows = [row for row in result["lenets"] if row["model"] == name]
+        rows = [row for row in result["lenets"] if row["network"] == name]
         dense = [row for row in rows if row["sparsity"] == 0]
         for sparsity in LENET_SPARSITIES:
             sparse, int8 = (

@@ -255,7 +255,7 @@ def test_a_model_saved_before_there_were_promises_loads(tmp_path):
 
 def test_zeros_are_counted_anew_in_weights_that_lost_channels(tmp_path, digits_task):
     model = sparse(fc1=1000, conv2=500)
-    smaller = pruned(model, digits_task.example_inputs, 0.5)
+    smaller = narrower(model, digits_task.example_inputs, width=0.5, round_to=2)
     assert smaller.zeros == {
         f"{name}.weight": int((smaller.module.get_submodule(name).weight == 0).sum()) for name in ("fc1", "conv2")
     }
