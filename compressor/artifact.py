@@ -123,7 +123,7 @@ def _become_linear_in_place(module: nn.Module, path: str) -> nn.Linear:
         msg = f"only a Conv1D below the model can become nn.Linear, got {type(conv1d).__name__} at {path!r}"
         raise InputError(msg)
     weight, bias = conv1d.get_parameter("weight"), conv1d.get_parameter("bias")
-    linear = nn.Linear(*weight.shape, device="meta").train(conv1d.training)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta").train(conv1d.training)
     linear.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
     linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     module.set_submodule(path, linear)

@@ -56,13 +56,14 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     module = copy.deepcopy(module).eval()
     calls = _linear_calls(module, example_inputs)
     guesses = [_guess(module, window, heads=True) for window in _attention_windows(calls)]
-    guesses = [guess for guess in guesses if guess.counts and not _protected(guess, protect)]
+    guesses = [guess for guess in guesses if guess.counts]
     multihead = [path for path, layer in module.named_modules() if isinstance(layer, nn.MultiheadAttention)]
     left_whole = dict.fromkeys(
         multihead, "nn.MultiheadAttention takes the size of a head from the width of its input; write it with nn.Linear"
     )
-    if not guesses and not multihead:
-        return TransformerUnits((), _headed_modules(module, (), protect))
+    if not guesses and not multihead and not _headed_modules(module, (), ()):
+        return TransformerUnits((), {})
+    guesses = [guess for guess in guesses if not _protected(guess, protect)]
     widths = [_guess(module, window, heads=False) for window in _feed_forward_windows(calls)]
     widths = [guess for guess in widths if not _protected(guess, protect)]
     inputs = _inputs_of(module, {guess.root for guess in (*guesses, *widths)}, example_inputs)
@@ -74,7 +75,7 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
         if taken.isdisjoint(guess.layers):
             group = _prove(module, guess, inputs[guess.root], solved)
             groups.extend([group] if group else [])
-            if group is None and guess.is_self_attention:
+            if group is None and guess.is_self_attention and _counts_heads(module, guess.root):
                 raise StageError(_stale(module, guess))
     _check_not_shared(module, groups)
     order = list(calls)
@@ -180,7 +181,7 @@ def _guess(module: nn.Module, window: _Window, *, heads: bool) -> _Guess:
     if not heads:
         return _Guess(root, window, (width,), heads)
     narrowest = min(width, *(call.layer.out_features for call in window[:-1]))
-    numbers = {value for path, name, value in _attributes(module, root) if "head" in name.lower() and value > 0}
+    numbers = {value for _, name, value in _attributes(module, root) if "head" in name.lower() and value > 0}
     numbers = numbers or {value for _, _, value in _attributes(module, root) if value > 0}
     # an attribute counts the heads, or tells how wide each is
     counts = {count for value in numbers for count in (value, narrowest // value) if narrowest % value == 0}
@@ -208,6 +209,10 @@ def _attributes(module: nn.Module, root: str) -> list[tuple[str, str, int]]:
         for name, value in vars(layer).items()
         if type(value) is int
     ]
+
+
+def _counts_heads(module: nn.Module, root: str) -> bool:
+    return any("head" in name.lower() for _, name, _ in _attributes(module, root))
 
 
 def _own_modules(module: nn.Module, root: str) -> list[tuple[str, nn.Module]]:
