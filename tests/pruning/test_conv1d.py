@@ -80,5 +80,5 @@ def test_weight_shared_by_two_conv1d_is_refused():
 
 
 def test_edit_that_finds_no_conv1d_is_refused():
-    with pytest.raises(InputError, match="only a Conv1D below the model can become nn.Linear, got ReLU at '0'"):
+    with pytest.raises(InputError, match=r"only a Conv1D below the model can become nn\.Linear, got ReLU at '0'"):
         apply_edits(nn.Sequential(nn.ReLU()), (Edit(path="0", linear=True),))

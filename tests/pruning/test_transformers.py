@@ -20,7 +20,7 @@ from compressor.task import Samples, Task
 from networks import ConcatenatedNetwork, PlainNetwork
 from transformer_networks import EncoderLayers, PatchTransformer, bert
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def test_pruned_models_reload_in_a_fresh_process_with_equal_logits(tmp_path, dig
         smaller.save(directory)
         save_file({"inputs": inputs.contiguous()}, directory / "inputs.safetensors")
         expected[directory] = smaller.predict((inputs,))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([sys.executable, "-c", RELOAD, *map(str, expected)], check=True, env=environment)
     for directory, logits in expected.items():
         assert torch.equal(load_file(directory / "logits.safetensors")["logits"], logits), directory.name
@@ -291,7 +291,7 @@ def test_network_without_attention_has_no_groups(network, digits_task):
     assert (units.groups, units.left_whole) == ((), {})
 
 
-def test_module_is_left_as_it_was(digits_task):
+def test_module_is_left_as_it_was():
     module = bert().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     transformer_groups(module, (torch.arange(14).view(2, 7),))

@@ -78,7 +78,7 @@ class HeadsFirstAttention(nn.Module):
 
 
 class SeparateAttention(nn.Module):
-    """Runs, and gives other numbers, when rows leave q, k and v but `n_heads` stays; each head has a bias of its own."""
+    """Runs, and gives other numbers, when rows leave q, k and v but `n_heads` stays."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
