@@ -12,6 +12,19 @@ from torch import Tensor, nn
 
 from compressor.errors import StageError
 from compressor.pruning.groups import Group, Member, Size, Units, check_equal, run, silenced, without
+from compressor.pruning.guesses import (
+    Guess,
+    attention_windows,
+    attributes,
+    counts_heads,
+    depth,
+    feed_forward_windows,
+    guess_at,
+    is_protected,
+    linear_calls,
+    own_modules,
+    relative,
+)
 from compressor.task import Inputs
 
 TOLERANCE = 1e-4
@@ -22,6 +35,10 @@ _MOST_ATTRIBUTES = 8
 
 _MOST_SURPRISES = 3
 """How many attributes may do other than their names say."""
+
+_MULTIHEAD = "nn.MultiheadAttention takes the size of a head from the width of its input; write it with nn.Linear"
+
+_UNFOLLOWED = "its linear layers do not run as query, key, value and output one after the other, or not with its sizes"
 
 _WIDTH_WORDS = ("intermediate", "inner", "ffn", "mlp", "hidden_features", "hidden_dim", "ff")
 
@@ -54,170 +71,37 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     follow, or if a weight to cut is shared with a layer of another place.
     """
     module = copy.deepcopy(module).eval()
-    calls = _linear_calls(module, example_inputs)
-    guesses = [_guess(module, window, heads=True) for window in _attention_windows(calls)]
-    guesses = [guess for guess in guesses if guess.counts]
+    calls = linear_calls(module, example_inputs)
+    heads = [guess_at(module, window, heads=True) for window in attention_windows(calls)]
+    heads = [guess for guess in heads if guess.counts]
     multihead = [path for path, layer in module.named_modules() if isinstance(layer, nn.MultiheadAttention)]
-    left_whole = dict.fromkeys(
-        multihead, "nn.MultiheadAttention takes the size of a head from the width of its input; write it with nn.Linear"
-    )
-    if not guesses and not multihead and not _headed_modules(module, (), ()):
+    if not heads and not multihead and not _headed_modules(module, (), ()):
         return TransformerUnits((), {})
-    guesses = [guess for guess in guesses if not _protected(guess, protect)]
-    widths = [_guess(module, window, heads=False) for window in _feed_forward_windows(calls)]
-    widths = [guess for guess in widths if not _protected(guess, protect)]
-    inputs = _inputs_of(module, {guess.root for guess in (*guesses, *widths)}, example_inputs)
+    hidden = [guess_at(module, window, heads=False) for window in feed_forward_windows(calls)]
+    # innermost first: a window across two layers only looks like one if neither layer has explained its own
+    guesses = [*sorted(heads, key=depth), *sorted(hidden, key=depth)]
+    groups = _proven(module, [guess for guess in guesses if not is_protected(guess, protect)], example_inputs)
+    _check_not_shared(module, groups)
+    groups.sort(key=lambda group: list(calls).index(group.path))
+    plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
+    check_equal(without(module, groups, plan), silenced(module, groups, plan), example_inputs)
+    left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_headed_modules(module, groups, (*protect, *multihead))}
+    return TransformerUnits(tuple(groups), left_whole)
+
+
+def _proven(module: nn.Module, guesses: Sequence[Guess], example_inputs: Inputs) -> list[Group]:
+    """Groups of the guesses that prove right, each layer in one; StageError if self-attention with heads does not."""
+    inputs = _inputs_of(module, {guess.root for guess in guesses}, example_inputs)
     groups: list[Group] = []
     solved: dict[object, _Answer | None] = {}
-    # innermost first: a window across two layers only looks like one if neither layer has explained its own
-    for guess in (*sorted(guesses, key=_depth), *sorted(widths, key=_depth)):
+    for guess in guesses:
         taken = {member.path for group in groups for member in group.members}
         if taken.isdisjoint(guess.layers):
             group = _prove(module, guess, inputs[guess.root], solved)
-            groups.extend([group] if group else [])
-            if group is None and guess.is_self_attention and _counts_heads(module, guess.root):
+            if group is None and guess.is_self_attention and counts_heads(module, guess.root):
                 raise StageError(_stale(module, guess))
-    _check_not_shared(module, groups)
-    order = list(calls)
-    groups.sort(key=lambda group: order.index(group.path))
-    if groups:
-        plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
-        check_equal(without(module, groups, plan), silenced(module, groups, plan), example_inputs)
-    return TransformerUnits(tuple(groups), {**left_whole, **_headed_modules(module, groups, (*protect, *multihead))})
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A linear layer, and how large what it read was: root mean square."""
-
-    path: str
-    layer: nn.Linear
-    magnitude: float
-    source: tuple[int, int]
-    """Where in memory its input lies, and how many numbers it has: equal for layers that read the same."""
-
-
-_Window: TypeAlias = tuple[_Call, ...]
-
-
-def _linear_calls(module: nn.Module, example_inputs: Inputs) -> dict[str, _Call]:
-    """Linear layers by path, in the order of their first run."""
-    calls: dict[str, _Call] = {}
-    alive: list[Tensor] = []  # so that no memory is used twice
-
-    def keep(path: str, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        if path not in calls:
-            alive.append(inputs[0])
-            magnitude = max(float(inputs[0].square().mean().sqrt()), 1e-12)
-            calls[path] = _Call(path, layer, magnitude, (inputs[0].data_ptr(), inputs[0].numel()))
-
-    with ExitStack() as hooks:
-        for path, layer in module.named_modules():
-            if isinstance(layer, nn.Linear):
-                hook = layer.register_forward_pre_hook(lambda layer, inputs, path=path: keep(path, layer, inputs))
-                hooks.enter_context(hook)
-        run(module, example_inputs)
-    return calls
-
-
-def _attention_windows(calls: Mapping[str, _Call]) -> Iterator[_Window]:
-    """Runs of linear layers that may be query, key, value and output, whose sizes fit: longest first."""
-    layers = list(calls.values())
-    for length in (4, 3, 2):
-        for start in range(len(layers) - length + 1):
-            *makers, reader = layers[start : start + length]
-            made, read = sorted(call.layer.out_features for call in makers), reader.layer.in_features
-            separate = length == 4 and made[0] == made[1] and made[2] == read and read % made[0] == 0
-            sources = [call.source for call in makers]
-            # keys and values read the same; the output reads neither that nor what the queries read
-            if reader.source in sources or (length > 2 and len(set(sources)) == length - 1):
-                continue
-            if separate or (length == 3 and made == [read, 2 * read]) or (length == 2 and made == [3 * read]):
-                yield (*makers, reader)
-
-
-def _feed_forward_windows(calls: Mapping[str, _Call]) -> Iterator[_Window]:
-    """Runs of linear layers that may be the two of a feed-forward layer, or the three of a gated one: longest first."""
-    layers = list(calls.values())
-    for length in (3, 2):
-        for start in range(len(layers) - length + 1):
-            *makers, reader = layers[start : start + length]
-            made, read = {call.layer.out_features for call in makers}, reader.layer.in_features
-            if len({call.source for call in makers}) > 1 or reader.source == makers[0].source:
-                continue
-            if made == {read} or (length == 2 and made == {2 * read}):
-                yield (*makers, reader)
-
-
-@dataclass(frozen=True)
-class _Guess:
-    """Layers that may make and read the units of one group."""
-
-    root: str
-    """The smallest module that holds them and runs as a whole."""
-    window: _Window
-    counts: tuple[int, ...]
-    """How many units there may be: most first."""
-    heads: bool
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(call.path for call in self.window)
-
-    @property
-    def is_self_attention(self) -> bool:
-        """Whether queries, keys and values are made from the same."""
-        return self.heads and len({call.source for call in self.window[:-1]}) == 1
-
-
-def _depth(guess: _Guess) -> int:
-    """To sort the innermost modules first."""
-    return -len(guess.root.split(".")) if guess.root else 0
-
-
-def _guess(module: nn.Module, window: _Window, *, heads: bool) -> _Guess:
-    root = _root(module, [call.path for call in window])
-    width = window[-1].layer.in_features
-    if not heads:
-        return _Guess(root, window, (width,), heads)
-    narrowest = min(width, *(call.layer.out_features for call in window[:-1]))
-    numbers = {value for _, name, value in _attributes(module, root) if "head" in name.lower() and value > 0}
-    numbers = numbers or {value for _, _, value in _attributes(module, root) if value > 0}
-    # an attribute counts the heads, or tells how wide each is
-    counts = {count for value in numbers for count in (value, narrowest // value) if narrowest % value == 0}
-    return _Guess(root, window, tuple(sorted((c for c in counts if 1 < c < narrowest), reverse=True)), heads)
-
-
-def _root(module: nn.Module, paths: Sequence[str]) -> str:
-    """The innermost module above all `paths` that has a forward of its own."""
-    parts = [path.split(".")[:-1] for path in paths]
-    shared: list[str] = []
-    for names in zip(*parts, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    while shared and isinstance(module.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
-        shared.pop()
-    return ".".join(shared)
-
-
-def _attributes(module: nn.Module, root: str) -> list[tuple[str, str, int]]:
-    """Integers that modules other than torch's own, at or below `root`, keep: path, name and value."""
-    return [
-        (path, name, value)
-        for path, layer in _own_modules(module, root)
-        for name, value in vars(layer).items()
-        if type(value) is int
-    ]
-
-
-def _counts_heads(module: nn.Module, root: str) -> bool:
-    return any("head" in name.lower() for _, name, _ in _attributes(module, root))
-
-
-def _own_modules(module: nn.Module, root: str) -> list[tuple[str, nn.Module]]:
-    below = module.get_submodule(root).named_modules(prefix=root)
-    return [(path, layer) for path, layer in below if not type(layer).__module__.startswith("torch.nn.")]
+            groups.extend([group] if group else [])
+    return groups
 
 
 _Captured: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -252,10 +136,10 @@ class _Answer:
     tensors: bool
 
 
-def _prove(module: nn.Module, guess: _Guess, inputs: _Captured, solved: dict[object, _Answer | None]) -> Group | None:
+def _prove(module: nn.Module, guess: Guess, inputs: _Captured, solved: dict[object, _Answer | None]) -> Group | None:
     """The group of `guess` if an arrangement of it proves right, None if it is no such group; notes it in `solved`."""
     root = module.get_submodule(guess.root)
-    local = _relative(guess)
+    local = relative(guess)
     kind = (type(root), local.layers, tuple((c.layer.in_features, c.layer.out_features) for c in local.window))
     if kind in solved and solved[kind] is None:
         return None
@@ -269,22 +153,17 @@ def _prove(module: nn.Module, guess: _Guess, inputs: _Captured, solved: dict[obj
     return None
 
 
-def _stale(module: nn.Module, guess: _Guess) -> str:
-    names = ", ".join(f"{name}={value}" for _, name, value in _attributes(module, guess.root))
+def _stale(module: nn.Module, guess: Guess) -> str:
+    names = ", ".join(f"{name}={value}" for _, name, value in attributes(module, guess.root))
     return (
         f"attention at {guess.root!r} ({type(module.get_submodule(guess.root)).__name__}) must answer without a head "
         f"like one whose head is silent, but whichever of its attributes follow ({names}), it does not run or gives "
-        f"other numbers; let it reshape with its own num_heads and head_dim, not with sizes of its input, or `protect` "
-        f"{guess.root!r}"
+        f"other numbers; let it reshape with its own num_heads and head_dim, not with sizes of its input, of a "
+        f"configuration or of another layer, or `protect` {guess.root!r}"
     )
 
 
-def _relative(guess: _Guess) -> _Guess:
-    cut = len(guess.root) + 1 if guess.root else 0
-    return replace(guess, root="", window=tuple(replace(call, path=call.path[cut:]) for call in guess.window))
-
-
-def _answers(root: nn.Module, guess: _Guess) -> Iterator[_Answer]:
+def _answers(root: nn.Module, guess: Guess) -> Iterator[_Answer]:
     """Everything that may be: most units first, then what names say before what they do not."""
     read = guess.window[-1].layer.in_features
     fused = any(call.layer.out_features > read for call in guess.window[:-1])
@@ -302,12 +181,12 @@ def _answers(root: nn.Module, guess: _Guess) -> Iterator[_Answer]:
                     yield _Answer(units, parts_first, sizes, tensors)
 
 
-def _candidates(root: nn.Module, guess: _Guess, units: int) -> list[tuple[str, str, int]]:
+def _candidates(root: nn.Module, guess: Guess, units: int) -> list[tuple[str, str, int]]:
     *makers, reader = (call.layer for call in guess.window)
     widths = {reader.in_features, *(layer.out_features for layer in makers)}
     per_unit = reader.in_features // min(layer.out_features for layer in makers) or 1
     totals = {*widths, units, units * per_unit} if guess.heads else widths
-    found = [attribute for attribute in _attributes(root, "") if attribute[2] in totals]
+    found = [attribute for attribute in attributes(root, "") if attribute[2] in totals]
     return sorted(found, key=lambda attribute: not _is_named(attribute[1], attribute[2], units, heads=guess.heads))[
         :_MOST_ATTRIBUTES
     ]
@@ -325,13 +204,13 @@ def _tensors(root: nn.Module, units: int) -> list[tuple[str, str, int]]:
     """Tensors outside torch's own layers with one axis as long as there are units, such as a bias for each head."""
     return [
         (path, name, tensor.shape.index(units))
-        for path, layer in _own_modules(root, "")
+        for path, layer in own_modules(root, "")
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
         if list(tensor.shape).count(units) == 1
     ]
 
 
-def _group(root: nn.Module, guess: _Guess, answer: _Answer) -> Group:
+def _group(root: nn.Module, guess: Guess, answer: _Answer) -> Group:
     *makers, reader = guess.window
     units, read = answer.units, reader.layer.in_features
     members: list[Member] = []
@@ -369,7 +248,7 @@ def _trials(units: int) -> tuple[Units, ...]:
     return (units // 2,), tuple(sorted(shuffled[: max(1, (units - 1) // 2)]))
 
 
-def _randomized(root: nn.Module, guess: _Guess) -> nn.Module:
+def _randomized(root: nn.Module, guess: Guess) -> nn.Module:
     """Copy `root` with random weights that make the layers' outputs about 2 in size.
 
     With those of a fresh model attention is close to a plain mean, and a wrong regrouping of queries and keys would
@@ -431,23 +310,19 @@ def _placed(group: Group, root: str) -> Group:
     )
 
 
-def _protected(guess: _Guess, protect: Sequence[str]) -> bool:
-    return any(f"{layer}.".startswith(f"{path}.") for layer in guess.layers for path in protect)
-
-
 def _headed_modules(module: nn.Module, groups: Sequence[Group], protect: Sequence[str]) -> dict[str, str]:
     """Modules that count heads over linear layers in which no heads were found, innermost only."""
     found = [group.path for group in groups if group.kind == "heads"]
     headed = [
         path
-        for path, layer in _own_modules(module, "")
+        for path, layer in own_modules(module, "")
         if any(type(value) is int and _is_named(name, value, 0, heads=True) for name, value in vars(layer).items())
         and not any(f"{path}.".startswith(f"{known}.") for known in protect)
         and not any(f"{known}.".startswith(f"{path}." if path else "") for known in (*found, *protect))
         and sum(isinstance(below, nn.Linear) for below in layer.modules()) > 1
     ]
     inner = [path for path in headed if not any(other.startswith(f"{path}.") for other in headed)]
-    return dict.fromkeys(inner, "its linear layers do not run as query, key, value and output one after the other")
+    return dict.fromkeys(inner, _UNFOLLOWED)
 
 
 def _check_not_shared(module: nn.Module, groups: Sequence[Group]) -> None:

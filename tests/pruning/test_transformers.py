@@ -248,7 +248,8 @@ def test_attention_that_takes_sizes_from_its_input_is_refused(digits_task):
     assert str(error.value) == (
         "attention at 'blocks.0.attn' (StaleAttention) must answer without a head like one whose head is silent, but "
         "whichever of its attributes follow (num_heads=4, head_dim=8), it does not run or gives other numbers; let it "
-        "reshape with its own num_heads and head_dim, not with sizes of its input, or `protect` 'blocks.0.attn'"
+        "reshape with its own num_heads and head_dim, not with sizes of its input, of a configuration or of another "
+        "layer, or `protect` 'blocks.0.attn'"
     )
 
 
