@@ -279,6 +279,13 @@ def test_attention_with_a_layer_in_between_is_named_as_left_whole(digits_task):
     assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
 
 
+def test_hidden_units_that_a_softmax_mixes_are_no_group(digits_task):
+    module = block_of(attention="fused")
+    module.blocks[0].mlp[1] = nn.Softmax(dim=-1)  # runs with fewer units, and gives the others more
+    paths = [group.path for group in transformer_groups(module, digits_task.example_inputs)]
+    assert paths == ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.0"]
+
+
 def test_weight_shared_by_two_layers_is_refused(digits_task):
     module = block_of(attention="fused")
     module.blocks[1].mlp[0].weight = module.blocks[0].mlp[0].weight
