@@ -27,11 +27,13 @@ from compressor.task import Inputs
 
 
 class Edit(BaseModel):
-    """What a structural change made of one submodule: the children that a stack kept, then sizes by name."""
+    """What a structural change made of one submodule: its class, the children that a stack kept, then sizes by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
+    linear: bool = False
+    """Whether a Hugging Face `Conv1D` became an `nn.Linear` with the same weights."""
     children: tuple[str, ...] | None = None
     """Names, before the edit, of the children that an `nn.Sequential` or `nn.ModuleList` keeps; then they count from 0.
 
@@ -44,14 +46,23 @@ class Edit(BaseModel):
 def structural_edits(before: nn.Module, after: nn.Module) -> tuple[Edit, ...]:
     """List the sizes by which `after` differs from `before`, a module with the same submodules.
 
+    Linear layers may stand in place of Hugging Face's `Conv1D`.
+
     Raises StageError if a submodule was added, removed or replaced by another class, or if a buffer that is not saved
     was resized.
     """
     old, new = dict(before.named_modules()), dict(after.named_modules())
+    linears = tuple(
+        Edit(path=path, linear=True)
+        for path, module in new.items()
+        if isinstance(module, nn.Linear) and path in old and is_conv1d(old[path])
+    )
+    if linears:
+        old = dict(apply_edits(before, linears).named_modules())
     if {path: type(module) for path, module in old.items()} != {path: type(module) for path, module in new.items()}:
         msg = "sizes can be compared only of modules with the same submodules"
         raise StageError(msg)
-    edits = []
+    edits = list(linears)
     for path, module in new.items():
         attributes = {name: size for name, size in _sizes(module).items() if _sizes(old[path]).get(name) != size}
         shapes = {name: shape for name, shape in _shapes(module).items() if _shapes(old[path]).get(name) != shape}
@@ -82,6 +93,8 @@ def apply_edit_in_place(module: nn.Module, edit: Edit) -> None:
     except AttributeError as error:
         msg = f"an edit must name a submodule of {type(module).__name__}, got {edit.path!r}: {error}"
         raise InputError(msg) from error
+    if edit.linear:
+        submodule = _become_linear_in_place(module, edit.path)
     if edit.children is not None:
         _keep_children_in_place(submodule, edit.path, edit.children)
     for name, size in edit.attributes.items():
@@ -95,6 +108,26 @@ def apply_edit_in_place(module: nn.Module, edit: Edit) -> None:
         resized = tensor.detach().new_zeros(shape)
         is_parameter = isinstance(tensor, nn.Parameter)
         setattr(submodule, name, nn.Parameter(resized, tensor.requires_grad) if is_parameter else resized)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is Hugging Face's `Conv1D`, told by its name and shapes: weight (in, out), bias (out,)."""
+    shapes = _shapes(layer)
+    weight = shapes.get("weight", ())
+    return type(layer).__name__ == "Conv1D" and len(weight) == 2 and shapes == {"weight": weight, "bias": weight[1:]}
+
+
+def _become_linear_in_place(module: nn.Module, path: str) -> nn.Linear:
+    conv1d = module.get_submodule(path)
+    if not is_conv1d(conv1d) or not path:
+        msg = f"only a Conv1D below the model can become nn.Linear, got {type(conv1d).__name__} at {path!r}"
+        raise InputError(msg)
+    weight, bias = conv1d.get_parameter("weight"), conv1d.get_parameter("bias")
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta").train(conv1d.training)
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+    linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    module.set_submodule(path, linear)
+    return linear
 
 
 def _keep_children_in_place(stack: nn.Module, path: str, names: tuple[str, ...]) -> None:

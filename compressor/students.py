@@ -11,6 +11,7 @@ from compressor.errors import InputError, StageError
 from compressor.layers import paths_matching
 from compressor.pruning.allocation import uniform
 from compressor.pruning.channels import prunable_groups, prune_channels
+from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import magnitude
 from compressor.task import Inputs
 
@@ -56,6 +57,7 @@ def narrower(model: TorchModel, example_inputs: Inputs, *, width: float, round_t
     if not 0 < width < 1:
         msg = f"width must be in (0, 1), the share of channels to keep, got {width}"
         raise InputError(msg)
+    model = with_linears(model)
     groups = prunable_groups(model.module, example_inputs)
     scores = {group.path: magnitude(model.module, group, order=2) for group in groups}
     chosen = uniform(groups, scores, pruning_ratio=1 - width, round_to=round_to)

@@ -9,6 +9,7 @@ from compressor.errors import StageError
 from compressor.layers import paths_matching
 from compressor.pruning.graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_equal, run, silenced, without
+from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs
 
 
@@ -51,10 +52,17 @@ class Cuttable:
         return prune_channels(self.module, self.example_inputs, self.groups, plan)
 
 
-def prunable_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequence[str] = ()) -> tuple[Group, ...]:
+def prunable_groups(
+    module: nn.Module,
+    example_inputs: Inputs,
+    *,
+    protect: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _line: None,
+) -> tuple[Group, ...]:
     """Every group of units that can leave `module`.
 
-    `protect` holds paths of layers that keep all, or patterns of such paths as `paths_matching` takes them; what a
+    Of a module with attention these are its heads and the hidden units of its feed-forward layers, else the channels of
+    all layers that are coupled. `log` is told of attention that stays whole, and why. `protect` holds paths of layers that keep all, or patterns of such paths as `paths_matching` takes them; what a
     protected layer holds is protected too.
 
     Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, a parameter that
@@ -63,7 +71,10 @@ def prunable_groups(module: nn.Module, example_inputs: Inputs, *, protect: Seque
     kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
     inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
     _check_free(module)
-    groups = channel_groups(module, example_inputs, protect=inside)
+    units = transformer_units(module, example_inputs, protect=inside)
+    for path, reason in units.left_whole.items():
+        log(f"{path} keeps its heads: {reason}")
+    groups = units.groups or channel_groups(module, example_inputs, protect=inside)
     _check_unshared(module, groups)
     if not groups:
         msg = f"pruning must have something to remove, but {type(module).__name__} has no group of channels that may go"

@@ -54,7 +54,7 @@ class Group:
     sizes: tuple[Size, ...]
     kind: Literal["channels", "heads"] = "channels"
     channels_per_unit: int = 1
-    """Rows of the layer at `path` that leave with a unit: more than one for heads and grouped convolutions."""
+    """How many channels leave with a unit: more than one for heads and grouped convolutions."""
     exact: bool = True
     """Whether a removed unit acts on the rest as a silent one; not where a normalization averages over units."""
 

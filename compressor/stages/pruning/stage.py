@@ -1,6 +1,6 @@
 """Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self, final
 
@@ -10,6 +10,7 @@ from compressor.artifact import TorchModel, structural_edits
 from compressor.processes import processes, told
 from compressor.pruning.allocation import Allocation, plan
 from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
+from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import Criterion, scores
 from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, measure_of, reach
 from compressor.pruning.groups import Plan
@@ -70,6 +71,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
         """Cut the model at once, as far as it goes if a goal is asked, and compare it with what recovery asks."""
+        model = with_linears(model)
         cuttable = self._cuttable(model, task)
         smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
         if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
@@ -81,7 +83,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
-        channels = self._cuttable(model, task).channels
+        model = with_linears(model)
+        channels = self._cuttable(model, task, log=context.log).channels
         for pruning_ratio, epochs in self._steps(model, task, context):
             model = self._cut(model, task, context, pruning_ratio=pruning_ratio, channels=channels)
             if self.recovery is not None:
@@ -124,8 +127,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         )
         return _with(model, pruned)
 
-    def _cuttable(self, model: TorchModel, task: Task) -> Cuttable:
-        groups = prunable_groups(model.module, task.example_inputs, protect=self.protect)
+    def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
+        groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
         found = scores(self.criterion, model.module, groups, task)
         choose = partial(plan, self.allocation, model.module, groups, found, round_to=self.round_to)
         return Cuttable(model.module, task.example_inputs, groups, lambda ratio: choose(pruning_ratio=ratio))
