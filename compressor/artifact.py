@@ -21,6 +21,9 @@ from compressor import soft_labels
 from compressor.errors import InputError, StageError
 from compressor.onnx_reading import external_files, load_graph
 from compressor.plugins import Reference, is_path
+from compressor.report import sensitivity as sensitivity_file
+from compressor.report.records import Sensitivity
+from compressor.report.sensitivity import read_sensitivity
 from compressor.runtime import ERRORS, open_session
 from compressor.soft_labels import SoftLabels
 from compressor.task import Inputs
@@ -202,6 +205,8 @@ class TorchModel:
 
     Raises StageError, whenever a model is made, if it is broken.
     """
+    sensitivity: Sensitivity | None = None
+    """How much each group of this very module matters; other weights leave it behind."""
 
     def __post_init__(self) -> None:
         parameters = dict(self.module.named_parameters()) if self.zeros else {}
@@ -260,12 +265,17 @@ class TorchModel:
         return outputs
 
     def save(self, directory: Path) -> None:
-        """Write `model.json`, `model.safetensors` and, if there are any, the soft labels into an existing directory."""
+        """Write `model.json`, `model.safetensors` and, if there are any, soft labels and sensitivity into `directory`.
+
+        It must exist.
+        """
         recipe = _Recipe(factory=self.factory, edits=self.edits, zeros=self.zeros)
         (directory / "model.json").write_text(recipe.model_dump_json(indent=1))
         save_model(self.module, str(directory / "model.safetensors"))
         if self.soft_labels is not None:
             shutil.copyfile(self.soft_labels.path, directory / soft_labels.FILE_NAME)
+        if self.sensitivity is not None:
+            (directory / sensitivity_file.FILE_NAME).write_text(self.sensitivity.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, directory: Path, *, among: Sequence[Reference] | None = None) -> "TorchModel":
@@ -283,7 +293,15 @@ class TorchModel:
         module = apply_edits(_call(factory, seed=0), recipe.edits)
         load_weights(module, directory / "model.safetensors")
         labels = directory / soft_labels.FILE_NAME
-        return cls(module, factory, recipe.edits, SoftLabels.open(labels) if labels.exists() else None, recipe.zeros)
+        curves = directory / sensitivity_file.FILE_NAME
+        return cls(
+            module,
+            factory,
+            recipe.edits,
+            soft_labels=SoftLabels.open(labels) if labels.exists() else None,
+            zeros=recipe.zeros,
+            sensitivity=read_sensitivity(curves) if curves.exists() else None,
+        )
 
 
 @dataclass(frozen=True)

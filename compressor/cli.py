@@ -131,6 +131,35 @@ def layers(file: Path, overrides: tuple[str, ...]) -> int:
 
 
 @compress.command()
+@_FILE
+@_OVERRIDES
+@_RUNS
+@_DEVICE
+@click.option("--stage", type=click.IntRange(min=0), help="Which pruning or sensitivity stage, counted from 0.")
+def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str, stage: int | None) -> int:
+    """Cut one group of channels at a time of the model that is pruned in a pipeline FILE, and show what it costs.
+
+    Runs the stages before the pruning, or takes them from the store, then evaluates on the validation split. A later
+    run reuses all of it; `- stage: sensitivity` before the pruning lets `allocation: sensitivity` prune by it.
+    """
+    import torch
+
+    from compressor.config import load
+    from compressor.pipeline import run_sensitivity
+    from compressor.plan import up_to_sensitivity
+    from compressor.plugins import beside
+    from compressor.report import sensitivity as shown
+
+    with beside(file.parent):
+        pipeline = up_to_sensitivity(load(file, overrides), stage=stage)
+        directory = runs / pipeline.name
+        found = run_sensitivity(pipeline, directory, device=torch.device(_device(device)))
+    if _IS_MAIN:
+        click.echo(f"{shown.to_table(found)}\n\n{directory / 'sensitivity.md'}\n{directory / 'sensitivity.svg'}")
+    return 0
+
+
+@compress.command()
 def stages() -> int:
     """List the stages that a pipeline file may name."""
     from compressor.plugins import describe_stages

@@ -26,11 +26,12 @@ from compressor.plugins import beside, user_errors
 from compressor.preflight import check_model, check_reference, check_task
 from compressor.processes import gathered, processes, told
 from compressor.quality import MOST_LISTED_CLASSES, Predictions, classification, comparison
+from compressor.report import sensitivity
 from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Measurement, MetricInfo, Preparation, Report, Row
+from compressor.report.records import Measurement, MetricInfo, Preparation, Report, Row, Sensitivity
 from compressor.stage import StageContext
 from compressor.store import Entry, Store
 from compressor.task import Task
@@ -44,7 +45,8 @@ _BASELINE_OUTPUTS = "test_outputs.npy"
 def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     """Carry out `pipeline` in `directory`, reusing what earlier runs stored there, and report on every model.
 
-    Leaves the delivered model, `report.json`, `report.md` and `outcome.json` in `directory`. Raises InputError for
+    Leaves the delivered model, `report.json`, `report.md` and `outcome.json` in `directory`, and `sensitivity.md` and
+    `sensitivity.svg` if a stage measured that. Raises InputError for
     user code or data at fault, StageError, HostError, and LockedError while another run holds the directory.
 
     Under torchrun every process calls this and gets the report: the main one runs the pipeline, the others take part in
@@ -52,21 +54,36 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     """
     store = Store(directory)
     if not processes(device).is_main_process:
-        with beside(pipeline.directory), user_errors(), memory_errors():
-            return _assist(_Run(pipeline, check_task(pipeline.task.call()), store, device))
+        assisted: Report = _assisted(pipeline, store, device)
+        return assisted
     with store.lock(), recorded(directory), beside(pipeline.directory), user_errors(), memory_errors():
-        task = check_task(pipeline.task.call())
-        data = data_fingerprints(task)
-        chain = steps(pipeline, data=data, device=device.type)
-        remember(store, data, chain)
-        this = _Run(pipeline, task, store, device)
-        report = _report(_obtain(chain, this), this)
+        obtained, this = _carried_out(pipeline, store, device)
+        for file in _sensitivity_files(obtained)[-1:]:
+            _show_sensitivity(file, directory)
+        report = _report(obtained, this)
         _deliver(directory / report.rows[-1].model_file, directory)
         write_atomically(directory / "report.md", to_markdown(report))
         write_atomically(directory / "report.json", to_json(report))
         record_end(directory, exit_code(report.verdicts))
     told(report)
     return report
+
+
+def run_sensitivity(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Sensitivity:
+    """Carry out `pipeline`, which ends with a stage that measures sensitivity, as `run` does, and return what it found.
+
+    Leaves `sensitivity.md` and `sensitivity.svg` in `directory`; nothing is timed, reported or delivered. Raises what
+    `run` raises, and works under torchrun as it does.
+    """
+    store = Store(directory)
+    if not processes(device).is_main_process:
+        assisted: Sensitivity = _assisted(pipeline, store, device)
+        return assisted
+    with store.lock(), beside(pipeline.directory), user_errors(), memory_errors():
+        obtained, _ = _carried_out(pipeline, store, device)
+        found = _show_sensitivity(_sensitivity_files(obtained)[-1], directory)
+    told(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,15 @@ class _Obtained:
     step: Step
     entry: Entry
     reused: bool
+
+
+def _carried_out(pipeline: Pipeline, store: Store, device: torch.device) -> tuple[tuple[_Obtained, ...], _Run]:
+    task = check_task(pipeline.task.call())
+    data = data_fingerprints(task)
+    chain = steps(pipeline, data=data, device=device.type)
+    remember(store, data, chain)
+    this = _Run(pipeline, task, store, device)
+    return _obtain(chain, this), this
 
 
 def _obtain(chain: Sequence[Step], run: _Run) -> tuple[_Obtained, ...]:
@@ -208,13 +234,14 @@ def _inputs(before: Sequence[_Obtained]) -> tuple[Entry | None, Entry | None]:
     return before[-1].entry, [before[0], *added][-1].entry
 
 
-def _assist(run: _Run) -> Report:
-    """Take part in every step that the main process computes, until it has the report."""
-    while isinstance(order := told(None), _Order):
-        with tempfile.TemporaryDirectory() as work_dir:
-            _apply(order, run, Path(work_dir), lambda _means: None)
-    report: Report = order
-    return report
+def _assisted(pipeline: Pipeline, store: Store, device: torch.device) -> Any:
+    """Take part in every step that the main process computes, until it tells what it found."""
+    with beside(pipeline.directory), user_errors(), memory_errors():
+        this = _Run(pipeline, check_task(pipeline.task.call()), store, device)
+        while isinstance(order := told(None), _Order):
+            with tempfile.TemporaryDirectory() as work_dir:
+                _apply(order, this, Path(work_dir), lambda _means: None)
+    return order
 
 
 def _apply(order: _Order, run: _Run, work_dir: Path, record: Callable[[Mapping[str, float]], None]) -> Artifact:
@@ -312,6 +339,19 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
         verdicts=(),
     )
     return report if pipeline.gate is None else report.model_copy(update={"verdicts": judge(pipeline.gate, report)})
+
+
+def _sensitivity_files(obtained: Sequence[_Obtained]) -> list[Path]:
+    files = [one.entry.directory / "artifact" / sensitivity.FILE_NAME for one in obtained]
+    return [file for file in files if file.exists()]
+
+
+def _show_sensitivity(file: Path, directory: Path) -> Sensitivity:
+    """Write the table and the picture of a stored sensitivity, and return it."""
+    found = sensitivity.read_sensitivity(file)
+    write_atomically(directory / "sensitivity.svg", sensitivity.to_svg(found))
+    write_atomically(directory / "sensitivity.md", sensitivity.to_markdown(found, picture="sensitivity.svg"))
+    return found
 
 
 def _deliver(model_file: Path, directory: Path) -> None:

@@ -40,8 +40,10 @@ def test_stages_are_listed_with_what_they_do():
         "magnitude_pruning",
         "mutual_learning",
         "onnx_export",
+        "sensitivity",
         "soft_labels",
         "training",
+        "weight_pruning",
     ]
     assert all(len(line.split()) > 5 for line in lines)
 
