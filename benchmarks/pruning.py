@@ -45,7 +45,7 @@ from compressor.task import Task
 README, BEGIN, END = ROOT / "README.md", "<!-- pruning:begin -->", "<!-- pruning:end -->"
 SEEDS, FACTORS, LATENCY_GOALS, GOAL_ROUND_TO = (0, 1, 2), (2, 3, 4), (2.0, 3.0), 8
 COURSE = {"epochs": 2, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}}
-CUT = {"criterion": "taylor", "allocation": "isomorphic", "round_to": 1}
+CUT = {"criterion": "taylor", "allocation": "global", "round_to": 1}
 KD, HARD = {"kd": {"temperature": 4.0, "weight": 0.9}, "hard": {"weight": 0.1}}, {"hard": {}}
 RECOVERIES: Mapping[str, Mapping[str, Any]] = {
     "distilled": {**COURSE, "losses": KD},
@@ -115,8 +115,9 @@ def prepared(seed: int, *, data_dir: Path, weights_file: Path, kept: Path) -> No
         reference = Reference(factory="cifar10:prunable_resnet56", weights_path=str(weights_file))
         model = TorchModel(cifar10.prunable_resnet56(weights_file).eval(), reference)
         directory.mkdir(exist_ok=True)
-        labels = SoftLabels(views=COURSE["epochs"]).apply(model, task, context(model, directory, seed))
-        labels.save(directory)
+        work_dir = kept / f"labels{seed}"
+        work_dir.mkdir(exist_ok=True)
+        SoftLabels(views=COURSE["epochs"]).apply(model, task, context(model, work_dir, seed)).save(directory)
     dense = stored(directory)
     for factor in FACTORS if seed == SEEDS[0] else ():
         for whose in ("compressor", "torch_pruning"):
@@ -222,9 +223,9 @@ def table(result: Mapping[str, Any]) -> str:
             points = [one for one in result["points"] if (one["method"], one["factor"]) == (method, factor)]
             accuracies = [100 * one["accuracy"] for one in points]
             fewer = dense["macs"] / points[0]["macs"]
+            found = f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} %"
             lines.append(
-                f"| {fewer:.2f}x | {name} | {statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} % | "
-                f"{interval(latencies[f'{method} {factor}'])} | {points[0]['parameters']:,} |"
+                f"| {fewer:.2f}x | {name} | {found} | {interval(latencies[f'{method} {factor}'])} | {points[0]['parameters']:,} |"
             )
     lines += [
         "",

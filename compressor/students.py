@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressor.artifact import Edit, TorchModel, apply_edit_in_place, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.layers import paths_matching
-from compressor.pruning.allocation import uniform
+from compressor.pruning.allocation import multiples_of, uniform
 from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import magnitude
@@ -60,7 +60,7 @@ def narrower(model: TorchModel, example_inputs: Inputs, *, width: float, round_t
     model = with_linears(model)
     groups = prunable_groups(model.module, example_inputs)
     scores = {group.path: magnitude(model.module, group, order=2) for group in groups}
-    chosen = uniform(groups, scores, pruning_ratio=1 - width, round_to=round_to)
+    chosen = uniform(groups, scores, pruning_ratio=1 - width, step_of=multiples_of(round_to))
     pruned = prune_channels(model.module, example_inputs, groups, chosen).module
     return model.with_module(pruned, *structural_edits(model.module, pruned))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import nn
@@ -11,8 +11,11 @@ from compressor.pruning.criteria import Scores
 from compressor.pruning.groups import Group, Plan
 
 Allocation: TypeAlias = Literal["uniform", "global", "isomorphic"]
-"""`uniform`: every group loses the same share; `global`: the units with the smallest scores of all, each score divided
-by its group's mean; `isomorphic`: the same share of every class of groups built alike, ranked within the class."""
+"""`uniform`: every group loses the same share; `global`: the units with the smallest scores of all leave; `isomorphic`:
+the same share of every class of groups built alike, ranked within the class."""
+
+StepOf: TypeAlias = Callable[[Group], int]
+"""How many units of a group must leave together."""
 
 _LEAST_KEPT = 0.1
 """Share of units that a group keeps whatever their scores: a ranking over groups could all but close one."""
@@ -23,9 +26,21 @@ def units_kept(units: int, *, pruning_ratio: float, step: int) -> int:
     return min(units, max(1, round(units * (1 - pruning_ratio) / step)) * step)
 
 
-def step_of(group: Group, round_to: int) -> int:
-    """Units that must leave together so that `round_to` divides the channels left; one head at a time."""
-    return 1 if group.kind == "heads" else round_to // math.gcd(round_to, group.channels_per_unit)
+def multiples_of(round_to: int) -> StepOf:
+    """Leave every group a multiple of `round_to` channels; heads leave one at a time."""
+    return lambda group: 1 if group.kind == "heads" else round_to // math.gcd(round_to, group.channels_per_unit)
+
+
+def multiples_that_fit(round_to: int) -> StepOf:
+    """Like `multiples_of`, but half as much, or a quarter and so on, for a group with less than two multiples."""
+
+    def step(group: Group) -> int:
+        channels, fitting = group.units * group.channels_per_unit, round_to
+        while fitting > 1 and 2 * fitting > channels:
+            fitting //= 2
+        return multiples_of(fitting)(group)
+
+    return step
 
 
 def plan(
@@ -34,35 +49,37 @@ def plan(
     groups: Sequence[Group],
     scores: Scores,
     *,
+    comparable: bool,
     pruning_ratio: float,
-    round_to: int,
+    step_of: StepOf,
 ) -> Plan:
-    """Choose the units to remove, a share `pruning_ratio` in (0, 1) of all channels as near as `round_to` allows.
+    """Choose the units to remove, a share `pruning_ratio` in (0, 1) of all channels as near as `step_of` allows.
 
-    A larger ratio removes the same units and more. Units with equal scores leave in their order.
+    A larger ratio removes the same units and more. Units with equal scores leave in their order. Scores that are not
+    `comparable` between groups are divided by their group's mean before they are ranked with others.
     """
     if allocation == "uniform":
-        return uniform(groups, scores, pruning_ratio=pruning_ratio, round_to=round_to)
+        return uniform(groups, scores, pruning_ratio=pruning_ratio, step_of=step_of)
     if allocation == "global":
         relative = {path: score / score.mean().clamp(min=1e-30) for path, score in scores.items()}
-        return ranked(groups, relative, pruning_ratio=pruning_ratio, round_to=round_to)
+        return ranked(groups, scores if comparable else relative, pruning_ratio=pruning_ratio, step_of=step_of)
     classes: dict[object, list[Group]] = defaultdict(list)
     for group in groups:
         classes[_structure(module, group)].append(group)
-    parts = [ranked(alike, scores, pruning_ratio=pruning_ratio, round_to=round_to) for alike in classes.values()]
+    parts = [ranked(alike, scores, pruning_ratio=pruning_ratio, step_of=step_of) for alike in classes.values()]
     return {path: units for part in parts for path, units in part.items()}
 
 
-def uniform(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, round_to: int) -> Plan:
+def uniform(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
     """Remove the same share of every group's units: those with the smallest scores."""
-    return by_ratios(dict.fromkeys((group.path for group in groups), pruning_ratio), groups, scores, round_to=round_to)
+    return by_ratios(dict.fromkeys((group.path for group in groups), pruning_ratio), groups, scores, step_of=step_of)
 
 
-def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scores, *, round_to: int) -> Plan:
+def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scores, *, step_of: StepOf) -> Plan:
     """Remove from each group the share of its units, in [0, 1), that `ratios` gives by its path."""
     removed = {}
     for group in groups:
-        kept = units_kept(group.units, pruning_ratio=ratios[group.path], step=step_of(group, round_to))
+        kept = units_kept(group.units, pruning_ratio=ratios[group.path], step=step_of(group))
         removed[group.path] = _ascending(scores, group)[: group.units - kept]
     return removed
 
@@ -79,9 +96,11 @@ class _Slice(NamedTuple):
     channels: int
 
 
-def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, round_to: int) -> Plan:
-    """Remove the units with the smallest scores of all groups together, in slices that keep `round_to`."""
-    slices = sorted(piece for order, group in enumerate(groups) for piece in _slices(group, scores, order, round_to))
+def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
+    """Remove the units with the smallest scores of all groups together, in slices of `step_of`."""
+    slices = sorted(
+        piece for order, group in enumerate(groups) for piece in _slices(group, scores, order, step_of(group))
+    )
     wanted = pruning_ratio * sum(group.units * group.channels_per_unit for group in groups)
     removed: dict[str, tuple[int, ...]] = {group.path: () for group in groups}
     total = 0
@@ -93,8 +112,7 @@ def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, rou
     return removed
 
 
-def _slices(group: Group, scores: Scores, order: int, round_to: int) -> Sequence[_Slice]:
-    step = step_of(group, round_to)
+def _slices(group: Group, scores: Scores, order: int, step: int) -> Sequence[_Slice]:
     ascending = _ascending(scores, group)
     least = max(step, math.ceil(group.units * _LEAST_KEPT / step) * step)
     first = group.units % step or step  # what is above a multiple leaves first

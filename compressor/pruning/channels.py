@@ -62,8 +62,9 @@ def prunable_groups(
     """Every group of units that can leave `module`.
 
     Of a module with attention these are its heads and the hidden units of its feed-forward layers, else the channels of
-    all layers that are coupled. `log` is told of attention that stays whole, and why. `protect` holds paths of layers that keep all, or patterns of such paths as `paths_matching` takes them; what a
-    protected layer holds is protected too.
+    all layers that are coupled. `protect` holds paths of layers that keep all, or patterns of such paths as
+    `paths_matching` takes them; what a protected layer holds is protected too. `log` is told of attention that stays
+    whole, and why.
 
     Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, a parameter that
     would be cut is shared by two layers, a layer cannot be followed, or nothing can be removed.

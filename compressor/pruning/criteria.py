@@ -16,6 +16,9 @@ Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
 """`l2` and `l1`: the norm of all weights that leave with a unit; `bn_scale`: the scale of its batch normalization;
 `taylor`: how much the loss is expected to change without it, from gradients on training samples."""
 
+COMPARABLE: frozenset[Criterion] = frozenset({"taylor"})
+"""Criteria whose scores say the same in every group: changes of the loss do, norms of unlike layers do not."""
+
 Scores: TypeAlias = Mapping[str, Tensor]
 """(units,) by the path of each group, float32, not negative."""
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from compressor.artifact import TorchModel
 from compressor.errors import StageError
 from compressor.processes import gathered, processes
-from compressor.pruning.allocation import by_ratios
+from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
 from compressor.report.records import GroupCurve, MetricInfo, Sensitivity
@@ -165,7 +165,7 @@ def _curve(
     removed: tuple[int, ...] = ()
     value, values = uncut, []
     for ratio in grid:
-        plan = by_ratios({group.path: ratio}, [group], found, round_to=1)
+        plan = by_ratios({group.path: ratio}, [group], found, step_of=multiples_of(1))
         if plan[group.path] != removed:  # else a small group loses no further unit
             removed = plan[group.path]
             value = evaluated(

@@ -5,7 +5,7 @@ from torch import nn
 from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.pruning.allocation import uniform, units_kept
+from compressor.pruning.allocation import multiples_of, uniform, units_kept
 from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
 from compressor.pruning.criteria import magnitude
 from compressor.stage import StageContext
@@ -25,7 +25,7 @@ from networks import (
 def pruned(module: nn.Module, inputs, *, pruning_ratio: float = 0.5, round_to: int = 4) -> Pruned:
     groups = prunable_groups(module, inputs)
     scores = {group.path: magnitude(module, group, order=2) for group in groups}
-    chosen = uniform(groups, scores, pruning_ratio=pruning_ratio, round_to=round_to)
+    chosen = uniform(groups, scores, pruning_ratio=pruning_ratio, step_of=multiples_of(round_to))
     return prune_channels(module, inputs, groups, chosen)
 
 

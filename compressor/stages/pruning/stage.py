@@ -1,20 +1,21 @@
 """Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Self, final
+from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
 
 from compressor.artifact import TorchModel, structural_edits
 from compressor.processes import processes, told
-from compressor.pruning.allocation import Allocation, plan
+from compressor.pruning.allocation import Allocation, by_ratios, multiples_of, multiples_that_fit, plan
 from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
 from compressor.pruning.conv1d import with_linears
-from compressor.pruning.criteria import Criterion, scores
+from compressor.pruning.criteria import COMPARABLE, Criterion, scores
 from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, measure_of, reach
 from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
+from compressor.pruning.sensitivity import carried_sensitivity, ratios_by_sensitivity
+from compressor.pruning.staircase import measured_step
 from compressor.stage import Stage, StageContext
 from compressor.stages.pruning.recovery import Recovery, check_recovery, recover
 from compressor.task import Task
@@ -40,9 +41,12 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     latency_ratio: float | None = Field(default=None, gt=1)
     """At least so many times as fast as the baseline, measured under ONNX Runtime on this machine."""
     criterion: Criterion = "l2"
-    allocation: Allocation = "uniform"
-    round_to: int = Field(default=8, gt=0)
-    """Channels are kept in multiples of this: kernels run whole vectors, so latency falls in steps."""
+    allocation: Allocation | Literal["sensitivity"] = "uniform"
+    """`sensitivity`: every group loses as much as costs one common fall on validation, as `- stage: sensitivity`, which
+    must come directly before, has measured it."""
+    round_to: int | None = Field(default=None, gt=0)
+    """Channels are kept in multiples of this, because kernels run whole vectors. Unless given, it is the step in which
+    time grows with channels on this machine, or half as much and so on in layers with less than two such steps."""
     protect: tuple[str, ...] = ()
     """Paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`."""
     schedule: Schedule | None = None
@@ -130,8 +134,29 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
         found = scores(self.criterion, model.module, groups, task)
-        choose = partial(plan, self.allocation, model.module, groups, found, round_to=self.round_to)
-        return Cuttable(model.module, task.example_inputs, groups, lambda ratio: choose(pruning_ratio=ratio))
+        step_of = multiples_of(self.round_to) if self.round_to else multiples_that_fit(measured_step())
+        if self.allocation == "sensitivity":
+            carried = carried_sensitivity(model, groups, criterion=self.criterion)
+
+            def choose(pruning_ratio: float) -> Plan:
+                shares = ratios_by_sensitivity(carried, groups, pruning_ratio=pruning_ratio)
+                return by_ratios(shares, groups, found, step_of=step_of)
+
+        else:
+            allocation, comparable = self.allocation, self.criterion in COMPARABLE
+
+            def choose(pruning_ratio: float) -> Plan:
+                return plan(
+                    allocation,
+                    model.module,
+                    groups,
+                    found,
+                    comparable=comparable,
+                    pruning_ratio=pruning_ratio,
+                    step_of=step_of,
+                )
+
+        return Cuttable(model.module, task.example_inputs, groups, choose)
 
     def _found(self, cuttable: Cuttable, task: Task, context: StageContext) -> tuple[Plan, float]:
         """The smallest cut that meets the goal, and what it achieves; the main process measures for all."""
