@@ -31,7 +31,7 @@ from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Measurement, MetricInfo, Preparation, Report, Row, Sensitivity
+from compressor.report.records import Measurement, MetricInfo, Preparation, Reached, Report, Row, Sensitivity
 from compressor.stage import StageContext
 from compressor.store import Entry, Store
 from compressor.task import Task
@@ -153,7 +153,12 @@ def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
         artifact_dir.mkdir()
         start = time.perf_counter()
         epochs: list[Mapping[str, float]] = []
-        artifact = _apply(told(_Order(step, *_inputs(before))), run, work_dir, epochs.append)
+        reached: dict[str, Reached] = {}
+
+        def reach(setting: str, asked: float, achieved: float) -> None:
+            reached[setting] = Reached(setting=setting, asked=asked, achieved=achieved)
+
+        artifact = _apply(told(_Order(step, *_inputs(before))), run, work_dir, record=epochs.append, reached=reach)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
         facts: dict[str, Any] = {
@@ -163,6 +168,7 @@ def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
             "zeros": _promised_zeros(artifact, before),
             "seconds": seconds,
             "losses": epochs,
+            "reached": [one.model_dump() for one in reached.values()],
         }
         if step.gives_model:
             facts |= _measured(artifact, draft, [one.entry for one in before], run)
@@ -240,11 +246,18 @@ def _assisted(pipeline: Pipeline, store: Store, device: torch.device) -> Any:
         this = _Run(pipeline, check_task(pipeline.task.call()), store, device)
         while isinstance(order := told(None), _Order):
             with tempfile.TemporaryDirectory() as work_dir:
-                _apply(order, this, Path(work_dir), lambda _means: None)
+                _apply(order, this, Path(work_dir))
     return order
 
 
-def _apply(order: _Order, run: _Run, work_dir: Path, record: Callable[[Mapping[str, float]], None]) -> Artifact:
+def _apply(
+    order: _Order,
+    run: _Run,
+    work_dir: Path,
+    *,
+    record: Callable[[Mapping[str, float]], None] = lambda _means: None,
+    reached: Callable[[str, float, float], None] = lambda _setting, _asked, _achieved: None,
+) -> Artifact:
     """Give the step the model that the store holds, so that a resumed run computes from the same bytes."""
     step = order.step
     if order.model is None or order.reference is None:
@@ -261,7 +274,7 @@ def _apply(order: _Order, run: _Run, work_dir: Path, record: Callable[[Mapping[s
     def log(line: str) -> None:
         logger.info("%s: %s", step.name, line)
 
-    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record)
+    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record, reached)
     artifact: Artifact = step.stage.apply(model, run.task, context)
     gathered(None)  # the main process clears its work directory, from which another one may still be reading
     return artifact
@@ -304,6 +317,7 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
             seconds=one.entry.facts["seconds"],
             reused=one.reused,
             losses=one.entry.facts.get("losses", ()),
+            reached=one.entry.facts.get("reached", ()),
         )
         for one, file, latency in zip(models, files, latencies, strict=True)
     )

@@ -120,6 +120,16 @@ class LatencySession(BaseModel):
     """The baseline timed against a second session of itself: its interval is the noise floor."""
 
 
+class Reached(BaseModel):
+    """What a setting asked of a stage, in numbers, and what came of it."""
+
+    model_config = _FROZEN
+
+    setting: str
+    asked: float
+    achieved: float
+
+
 class Row(BaseModel):
     """One model of the chain: what made it and what it is."""
 
@@ -143,6 +153,8 @@ class Row(BaseModel):
     """Whether this run took the model from the store."""
     losses: tuple[Mapping[str, float], ...] = ()
     """Mean of each loss by name, epoch by epoch, if the stage trained."""
+    reached: tuple[Reached, ...] = ()
+    """Of a stage that was asked for a number, such as a pruning ratio."""
 
 
 class Preparation(BaseModel):

@@ -1,4 +1,4 @@
-"""What a report says in words: where a stage made its model worse, and how far the numbers can be trusted."""
+"""What a report says in words: what was asked of a stage, where it lost, and how far the numbers can be trusted."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def headline(report: Report) -> str:
 
 
 def remarks(report: Report) -> tuple[str, ...]:
-    """One sentence for every way in which a row is worse than the row before it, in the order of the rows."""
+    """What each row was asked for, and one sentence for every way in which it is worse than the row before it."""
     names = Counter(row.stage for row in report.rows)
     labels = [
         printable(row.stage) + (f" (row {number})" if names[row.stage] > 1 else "")
@@ -30,6 +30,7 @@ def remarks(report: Report) -> tuple[str, ...]:
     ]
     found: list[str] = []
     for (before, old), (after, new) in pairwise(zip(report.rows, labels, strict=True)):
+        found += _reached(after, new)
         found += _larger(before, after, old, new)
         found += _slower(before, after, old, new, report.latency_session)
         found += _idle_zeros(before, after, old, new, report.latency_session)
@@ -50,6 +51,11 @@ def timing(report: Report) -> str:
         + (f"; the baseline takes {milliseconds(baseline.p50_ms)}" if baseline else "")
         + f". Noise floor: the baseline against itself shows {speed(session.noise)}."
     )
+
+
+def _reached(after: Row, new: str) -> Iterator[str]:
+    for one in after.reached:
+        yield f"{new} was asked for {one.setting} {one.asked:,.6g} and achieved {one.achieved:,.6g}."
 
 
 def _larger(before: Row, after: Row, old: str, new: str) -> Iterator[str]:

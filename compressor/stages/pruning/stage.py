@@ -89,10 +89,12 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
         model = with_linears(model)
         channels = self._cuttable(model, task, log=context.log).channels
+        done = 0
         for pruning_ratio, epochs in self._steps(model, task, context):
             model = self._cut(model, task, context, pruning_ratio=pruning_ratio, channels=channels)
             if self.recovery is not None:
-                model = recover(model, self.recovery, task, context, epochs=epochs)
+                model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
+                done += epochs
         return model
 
     def _steps(self, model: TorchModel, task: Task, context: StageContext) -> Sequence[tuple[float | None, int]]:

@@ -73,6 +73,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
             if self.recovery is not None:
                 model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
                 done += epochs
+        if self.sparsity is not None:
+            context.reached("sparsity", self.sparsity, _sparsity([model.module.get_parameter(name) for name in layers]))
         return model
 
     def _steps(self, module: nn.Module, layers: Mapping[str, int]) -> list[tuple[float | None, int]]:
