@@ -47,6 +47,10 @@ class Cuttable:
         """How many there are in all groups."""
         return sum(group.units * group.channels_per_unit for group in self.groups)
 
+    def channels_after(self, plan: Plan) -> int:
+        """How many are left without the units of `plan`."""
+        return self.channels - sum(len(plan.get(group.path, ())) * group.channels_per_unit for group in self.groups)
+
     def cut(self, plan: Plan) -> Pruned:
         """Remove the units of `plan`, as `prune_channels` does."""
         return prune_channels(self.module, self.example_inputs, self.groups, plan)

@@ -7,7 +7,10 @@ from typing import Annotated, ClassVar, final
 from pydantic import Field, field_validator
 
 from compressor.artifact import TorchModel
+from compressor.pruning.channels import prunable_groups
+from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import Criterion
+from compressor.pruning.sensitivity import flat_sensitivity, measure_sensitivity
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 
@@ -39,10 +42,7 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:  # noqa: ARG002  # not used
         """Find the groups; the sensitivity of the result is flat."""
-        # Torch-Pruning and its graph tools are not needed by a run that finds this stage in the store.
-        from compressor.pruning.channels import prunable_groups  # noqa: PLC0415
-        from compressor.pruning.sensitivity import flat_sensitivity  # noqa: PLC0415
-
+        model = with_linears(model)
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect)
         flat = flat_sensitivity(model, groups, task, criterion=self.criterion, grid=self.grid)
         return replace(model, sensitivity=flat)
@@ -52,9 +52,7 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
 
         Raises StageError if the model cannot be pruned, the criterion does not fit it, or the metric is not finite.
         """
-        from compressor.pruning.channels import prunable_groups  # noqa: PLC0415
-        from compressor.pruning.sensitivity import measure_sensitivity  # noqa: PLC0415
-
+        model = with_linears(model)
         found = measure_sensitivity(
             model,
             prunable_groups(model.module, task.example_inputs, protect=self.protect),

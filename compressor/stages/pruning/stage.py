@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from compressor.artifact import TorchModel, structural_edits
 from compressor.processes import processes, told
@@ -65,6 +66,9 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
                 msg = "schedule needs a recovery, which trains between its steps"
                 raise ValueError(msg)
             division(self.recovery.epochs, self.schedule.steps)
+            if self.allocation == "sensitivity":
+                msg = "allocation: sensitivity prunes at once, for it was measured before the first step; drop schedule"
+                raise ValueError(msg)
         return self
 
     @property
@@ -88,50 +92,45 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
         model = with_linears(model)
-        channels = self._cuttable(model, task, log=context.log).channels
-        done = 0
-        for pruning_ratio, epochs in self._steps(model, task, context):
-            model = self._cut(model, task, context, pruning_ratio=pruning_ratio, channels=channels)
+        cuttable = self._cuttable(model, task, log=context.log)
+        channels, done = cuttable.channels, 0
+        for pruning_ratio, epochs in self._steps(cuttable, task, context):
+            if done:
+                cuttable = self._cuttable(model, task)
+            chosen = self._chosen(cuttable, task, context, pruning_ratio=pruning_ratio, channels=channels)
+            # else rounding has let an earlier step go as far
+            if not done or any(chosen.values()):
+                pruned = cuttable.cut(chosen)
+                context.log(_told(cuttable.module, pruned))
+                model = _with(model, pruned)
             if self.recovery is not None:
                 model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
                 done += epochs
         return model
 
-    def _steps(self, model: TorchModel, task: Task, context: StageContext) -> Sequence[tuple[float | None, int]]:
+    def _steps(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[tuple[float | None, int]]:
         """Share of all channels that is gone after each step, None where the goal decides; epochs of recovery then."""
         epochs = 0 if self.recovery is None else self.recovery.epochs
         if self.schedule is None:
             return [(self.pruning_ratio, epochs)]
         end = self.pruning_ratio
         if end is None:
-            cuttable = self._cuttable(model, task)
             end = cuttable.cut(self._found(cuttable, task, context)[0]).pruning_ratio
         ratios = ramp(end, self.schedule.steps, self.schedule.shape)[:-1]
         return list(zip([*ratios, self.pruning_ratio], division(epochs, self.schedule.steps), strict=True))
 
-    def _cut(
-        self, model: TorchModel, task: Task, context: StageContext, *, pruning_ratio: float | None, channels: int
-    ) -> TorchModel:
-        """Remove channels until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
-        cuttable = self._cuttable(model, task)
-        if pruning_ratio is None:
-            chosen, achieved = self._found(cuttable, task, context)
-        else:
-            chosen = cuttable.choose(1 - (1 - pruning_ratio) * channels / cuttable.channels)
-            if cuttable.channels < channels and not any(chosen.values()):
-                return model  # rounding has let an earlier step go as far
-        pruned = cuttable.cut(chosen)
-        left = cuttable.channels - pruned.removed
+    def _chosen(
+        self, cuttable: Cuttable, task: Task, context: StageContext, *, pruning_ratio: float | None, channels: int
+    ) -> Plan:
+        """Units to remove until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
         if self.goal is not None and pruning_ratio is None:
+            chosen, achieved = self._found(cuttable, task, context)
             context.reached(self.goal.quantity, self.goal.asked, achieved)
-        elif pruning_ratio is not None and pruning_ratio == self.pruning_ratio:
-            context.reached("pruning_ratio", pruning_ratio, 1 - left / channels)
-        sizes = [sum(p.numel() for p in module.parameters()) for module in (model.module, pruned.module)]
-        context.log(
-            f"removed {pruned.removed} of {cuttable.channels} channels ({pruned.pruning_ratio:.0%}) in "
-            f"{len(pruned.channels)} groups; parameters {sizes[0]} -> {sizes[1]}"
-        )
-        return _with(model, pruned)
+            return chosen
+        chosen = cuttable.choose(1 - (1 - (pruning_ratio or 0)) * channels / cuttable.channels)
+        if pruning_ratio is not None and pruning_ratio == self.pruning_ratio:
+            context.reached("pruning_ratio", pruning_ratio, 1 - cuttable.channels_after(chosen) / channels)
+        return chosen
 
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
@@ -176,3 +175,12 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
     return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
+
+
+def _told(module: nn.Module, pruned: Pruned) -> str:
+    had = sum(had for _, had in pruned.channels.values())
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (module, pruned.module)]
+    return (
+        f"removed {pruned.removed} of {had} channels ({pruned.pruning_ratio:.0%}) in {len(pruned.channels)} groups; "
+        f"parameters {sizes[0]} -> {sizes[1]}"
+    )
