@@ -43,6 +43,8 @@ benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/headline.py pipelines/mnist.yaml --set task.data_dir=$(MNIST)
 	$(BIN)/python benchmarks/distillation.py $(CIFAR10) $(RESNET56)
 	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(RESNET56)
+	$(BIN)/python benchmarks/pruning.py $(CIFAR10) $(RESNET56)
+	$(BIN)/python benchmarks/sparsity.py $(MNIST) $(CIFAR10) $(RESNET56)
 
 clean:
 	rm -rf $(VENV) runs

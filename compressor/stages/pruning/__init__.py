@@ -1,1 +1,1 @@
-"""Channels of small magnitude are removed."""
+"""Channels, heads and hidden units leave, or single weights become zero; then the model recovers."""
