@@ -1,6 +1,6 @@
 """Channel pruning of ResNet-56: `python benchmarks/pruning.py CIFAR10_DIR WEIGHTS_FILE`.
 
-At a half, a third and a quarter of the MACs, with the same few epochs of the same training: `magnitude_pruning` that
+At a half, a third and a quarter of the MACs, with one epoch of the same training: `magnitude_pruning` that
 recovers by distillation from soft labels, the same that recovers by labels alone, and Torch-Pruning's own recipe for
 this network (`GroupNormPruner`, global ranking, one-shot to the target) through its public API, then labels. Accuracy
 on the test images after the last step. Latency of every model beside the dense one's, under ONNX Runtime on one thread.
@@ -44,7 +44,7 @@ from compressor.task import Task
 
 README, BEGIN, END = ROOT / "README.md", "<!-- pruning:begin -->", "<!-- pruning:end -->"
 SEEDS, FACTORS, LATENCY_GOALS, GOAL_ROUND_TO = (0, 1, 2), (2, 3, 4), (2.0, 3.0), 8
-COURSE = {"epochs": 2, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}}
+COURSE = {"epochs": 1, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}}
 CUT = {"criterion": "taylor", "allocation": "global", "round_to": 1}
 KD, HARD = {"kd": {"temperature": 4.0, "weight": 0.9}, "hard": {"weight": 0.1}}, {"hard": {}}
 RECOVERIES: Mapping[str, Mapping[str, Any]] = {
@@ -224,9 +224,8 @@ def table(result: Mapping[str, Any]) -> str:
             accuracies = [100 * one["accuracy"] for one in points]
             fewer = dense["macs"] / points[0]["macs"]
             found = f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} %"
-            lines.append(
-                f"| {fewer:.2f}x | {name} | {found} | {interval(latencies[f'{method} {factor}'])} | {points[0]['parameters']:,} |"
-            )
+            faster, parameters = interval(latencies[f"{method} {factor}"]), points[0]["parameters"]
+            lines.append(f"| {fewer:.2f}x | {name} | {found} | {faster} | {parameters:,} |")
     lines += [
         "",
         "| `latency_ratio` asked | achieved in the search | measured again | fewer MACs |",
@@ -240,7 +239,7 @@ def table(result: Mapping[str, Any]) -> str:
     environment_facts = result["environment"]
     versions = ", ".join(f"{name} {environment_facts['versions'][name]}" for name in ("torch", "torch-pruning"))
     source = (
-        f"<sub>`{result['command']}`: CIFAR-10 as JPEG files, {COURSE['epochs']} epochs of recovery, {len(SEEDS)} "
+        f"<sub>`{result['command']}`: CIFAR-10 as JPEG files, one epoch of recovery, {len(SEEDS)} "
         f"seeds, mean ± standard deviation. {environment_facts['cpu']}, {versions}; all of it in "
         "[pruning.json](benchmarks/results/pruning.json).</sub>"
     )
