@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -55,7 +55,7 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
     shape = run(module, example_inputs).shape
     groups: dict[str, Group] = {}
     faults = {}
-    for coupled in graph.get_all_groups():
+    for coupled in _coupled(graph):
         root = paths[coupled[0].dep.target.module]
         makers = _makers(graph, coupled, paths)
         if makers & set(protect):
@@ -65,7 +65,10 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
                 if group.units > 1 and _is_proven(module, group, example_inputs, shape):
                     # the first layer is the one a reader looks for; two groups may share layers behind a concatenation
                     own = makers & {member.path for member in group.members}
-                    first = next(path for path in paths.values() if path in own and path not in groups)
+                    first = next((path for path in paths.values() if path in own and path not in groups), None)
+                    if first is None:
+                        msg = f"{root} makes channels for several uses"
+                        raise StageError(msg)
                     groups[first] = replace(group, path=first)
         except StageError as error:
             faults[root] = str(error)
@@ -111,6 +114,24 @@ def _graph(module: nn.Module, example_inputs: Inputs) -> "tp.DependencyGraph":
         msg = f"every layer must take part in the forward pass to be pruned, but {', '.join(unseen)} did not"
         raise StageError(msg + "; take it out of the module, or let the outputs depend on it in evaluation mode too")
     return graph
+
+
+def _coupled(graph: "tp.DependencyGraph") -> Iterator["tp.Group"]:
+    """All channels of a layer with all that is coupled to them, until every layer has been seen.
+
+    A single channel cannot leave: started from it, Torch-Pruning would take what it is multiplied with for seen too.
+    """
+    seen: set[nn.Module] = set()
+    for layer in graph.module2node:
+        if isinstance(layer, _Conv | nn.Linear) and layer not in seen:
+            pruner = graph.get_pruner_of_module(layer)
+            channels = pruner.get_out_channels(layer)
+            if channels > 1:
+                coupled = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(channels)))
+                seen |= {
+                    item.dep.target.module for item in coupled if graph.is_out_channel_pruning_fn(item.dep.handler)
+                }
+                yield coupled
 
 
 def _makers(graph: "tp.DependencyGraph", coupled: "tp.Group", paths: Mapping[nn.Module, str]) -> set[str]:
