@@ -98,8 +98,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
             if done:
                 cuttable = self._cuttable(model, task)
             chosen = self._chosen(cuttable, task, context, pruning_ratio=pruning_ratio, channels=channels)
-            # else rounding has let an earlier step go as far
-            if not done or any(chosen.values()):
+            # else rounding lets a later step begin, or has let an earlier one go as far
+            if any(chosen.values()) or (pruning_ratio == self.pruning_ratio and cuttable.channels == channels):
                 pruned = cuttable.cut(chosen)
                 context.log(_told(cuttable.module, pruned))
                 model = _with(model, pruned)
@@ -124,7 +124,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     ) -> Plan:
         """Units to remove until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
         if self.goal is not None and pruning_ratio is None:
-            chosen, achieved = self._found(cuttable, task, context)
+            chosen, achieved = self._found(cuttable, task, context, may_be_met=cuttable.channels < channels)
             context.reached(self.goal.quantity, self.goal.asked, achieved)
             return chosen
         chosen = cuttable.choose(1 - (1 - (pruning_ratio or 0)) * channels / cuttable.channels)
@@ -159,18 +159,27 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
         return Cuttable(model.module, task.example_inputs, groups, choose)
 
-    def _found(self, cuttable: Cuttable, task: Task, context: StageContext) -> tuple[Plan, float]:
-        """The smallest cut that meets the goal, and what it achieves; the main process measures for all."""
+    def _found(
+        self, cuttable: Cuttable, task: Task, context: StageContext, *, may_be_met: bool = False
+    ) -> tuple[Plan, float]:
+        """The smallest cut that meets the goal, and what it achieves; the main process measures for all.
+
+        None is needed if the goal is met and `may_be_met`: rounding can take earlier steps that far.
+        """
         goal = self.goal
         if goal is None or not processes(context.device).is_main_process:
             found: tuple[Plan, float] = told(None)
             return found
         with measure_of(goal.quantity, context.reference.module, task) as measured:
-            reached = reach(
-                goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
-            )
-        told((reached.plan, reached.achieved))
-        return reached.plan, reached.achieved
+            if may_be_met and goal.is_met(achieved := measured(cuttable.module)):
+                plan_and_achieved: tuple[Plan, float] = ({}, achieved)
+            else:
+                reached = reach(
+                    goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
+                )
+                plan_and_achieved = (reached.plan, reached.achieved)
+        told(plan_and_achieved)
+        return plan_and_achieved
 
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
