@@ -113,11 +113,14 @@ def check_cut(module: nn.Module, groups: Sequence[Group], plan: Plan, example_in
 
 
 def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:
-    """Raise StageError unless both modules give the same outputs, to a relative RMS error of `tolerance`.
+    """Raise StageError unless both modules give outputs of one shape, equal to a relative RMS error of `tolerance`.
 
     float32 sums in another order differ by about 1e-6; a wrong entry cut shows as a part of the output itself.
     """
     found, wanted = run(smaller, example_inputs), run(silent, example_inputs)
+    if found.shape != wanted.shape:
+        msg = f"outputs must keep the shape {tuple(wanted.shape)}, got {tuple(found.shape)} after pruning"
+        raise StageError(msg)
     error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
     if not error <= tolerance:
         msg = (
