@@ -85,6 +85,77 @@ class ConcatenatedNetwork(nn.Module):
         return self.head(F.relu(self.joined(x)).flatten(1))
 
 
+class GroupedNetwork(nn.Module):
+    """Convolutions in groups, one after the other, of unequal numbers."""
+
+    def __init__(self, first: int = 2, second: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 24, 3, padding=1)
+        self.first = nn.Conv2d(24, 48, 3, padding=1, groups=first)
+        self.second = nn.Conv2d(48, 24, 1, groups=second)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(F.relu(self.stem(x))))
+        return self.head(F.relu(self.second(x)).mean((2, 3)))
+
+
+class SqueezeExciteNetwork(nn.Module):
+    """Channels that are multiplied with what two layers make of their means, and pixels with a map of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.squeeze = nn.Linear(16, 8)
+        self.excite = nn.Linear(8, 16)
+        self.map = nn.Conv2d(16, 1, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+        return self.head((x * torch.sigmoid(self.map(x))).mean((2, 3)))
+
+
+class ConvNextNetwork(nn.Module):
+    """LayerNorm over channels in the last axis, a wide linear layer, a scale for each channel, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 2, stride=2)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm = nn.LayerNorm(16)
+        self.widen = nn.Linear(16, 64)
+        self.narrow = nn.Linear(64, 16)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+        self.last_norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.narrow(F.gelu(self.widen(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        x = x + (self.scale * y).permute(0, 3, 1, 2)
+        return self.head(self.last_norm(x.mean((2, 3))))
+
+
+class DecoderNetwork(nn.Module):
+    """A transposed convolution, GroupNorm and a PReLU with a slope for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(1, 16, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.up = nn.ConvTranspose2d(16, 12, 2, stride=2)
+        self.bn = nn.BatchNorm2d(12, affine=False)
+        self.slope = nn.PReLU(12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(F.relu(self.norm(self.down(x))))
+        return self.head(self.slope(self.bn(x)).mean((2, 3)))
+
+
 class TenEverywhereNetwork(nn.Module):
     """A hidden layer as wide as the output, which only a trial can tell from it."""
 

@@ -117,12 +117,13 @@ def _slices(group: Group, scores: Scores, order: int, step: int) -> Sequence[_Sl
     least = max(step, math.ceil(group.units * _LEAST_KEPT / step) * step)
     first = group.units % step or step  # what is above a multiple leaves first
     starts = [0, *range(first, group.units, step)]
-    found = []
+    found: list[_Slice] = []
     for start, stop in zip(starts, [*starts[1:], group.units], strict=True):
         if group.units - stop < least:
             break
         units = ascending[start:stop]
-        score = float(scores[group.path][list(units)].mean())
+        # not below the slice before it, which must leave first: means of equal scores differ by rounding
+        score = max(float(scores[group.path][list(units)].mean()), found[-1].score if found else 0)
         found.append(_Slice(score, order, start, group.path, units, len(units) * group.channels_per_unit))
     return found
 

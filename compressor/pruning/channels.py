@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
 from compressor.layers import paths_matching
 from compressor.pruning.graph import channel_groups
-from compressor.pruning.groups import Group, Plan, check_equal, run, silenced, without
+from compressor.pruning.groups import Group, Plan, check_cut, without
 from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs
 
@@ -70,17 +71,17 @@ def prunable_groups(
     `paths_matching` takes them; what a protected layer holds is protected too. `log` is told of attention that stays
     whole, and why.
 
-    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, a parameter that
-    would be cut is shared by two layers, a layer cannot be followed, or nothing can be removed.
+    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen or parametrized, a
+    parameter that would be cut is shared by two layers, a layer cannot be followed, or nothing can be removed.
     """
     kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
     inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
     _check_free(module)
+    _check_plain(module)
     units = transformer_units(module, example_inputs, protect=inside)
     for path, reason in units.left_whole.items():
         log(f"{path} keeps its heads: {reason}")
     groups = units.groups or channel_groups(module, example_inputs, protect=inside)
-    _check_unshared(module, groups)
     if not groups:
         msg = f"pruning must have something to remove, but {type(module).__name__} has no group of channels that may go"
         raise StageError(msg + (f"; protect leaves out {', '.join(protect)}" if protect else ""))
@@ -91,7 +92,7 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[G
     """Return a copy of `module` without the units of `plan`.
 
     It is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does with
-    nothing reading those units; where a normalization averages over them, only the former two can hold.
+    nothing reading those units, but for normalizations that average over them.
 
     Raises StageError if it is not so, if a group would lose all, or if the plan is empty.
     """
@@ -102,14 +103,8 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[G
             "pruning_ratio"
         )
         raise StageError(msg)
-    exact = [group for group in groups if group.exact]
-    if any(plan.get(group.path) for group in exact):
-        check_equal(without(module, exact, plan), silenced(module, exact, plan), example_inputs)
+    check_cut(module, groups, plan, example_inputs)
     smaller = without(module, groups, plan)
-    found, wanted = run(smaller, example_inputs).shape, run(module.eval(), example_inputs).shape
-    if found != wanted:
-        msg = f"outputs must keep the shape {tuple(wanted)}, got {tuple(found)} after pruning"
-        raise StageError(msg)
     channels = {}
     for group in groups:
         kept = group.units - len(plan.get(group.path, ()))
@@ -126,17 +121,11 @@ def _check_free(module: nn.Module) -> None:
         raise StageError(msg)
 
 
-def _check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    shared = {name: alike for alike in names.values() if len(alike) > 1 for name in alike}
-    for group in groups:
-        for member in group.members:
-            name = f"{member.path}.{member.name}".lstrip(".")
-            if name in shared:
-                msg = (
-                    f"a weight that is cut must belong to one layer, but {' and '.join(shared[name])} are one and the "
-                    f"same; protect: [{group.path}] keeps it whole"
-                )
-                raise StageError(msg)
+def _check_plain(module: nn.Module) -> None:
+    parametrized = [path for path, layer in module.named_modules() if is_parametrized(layer)]
+    if parametrized:
+        msg = (
+            f"weights must be parameters to be pruned, but those of {', '.join(parametrized)} are computed; "
+            "call torch.nn.utils.parametrize.remove_parametrizations on them in the factory"
+        )
+        raise StageError(msg)

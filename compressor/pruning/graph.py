@@ -1,16 +1,17 @@
 """Groups of coupled channels in convolutional and fully connected networks, from Torch-Pruning's dependency graph."""
 
+import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
 from compressor.errors import StageError
-from compressor.pruning.groups import Group, Member, Size, check_equal, run, silenced, without
+from compressor.pruning.groups import Group, Member, Size, check_cut, run, without
 from compressor.task import Inputs
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 _Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-_BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
 _InstanceNorm: TypeAlias = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+_OfAttention = nn.modules.linear.NonDynamicallyQuantizableLinear
+"""The output layer of `nn.MultiheadAttention`, which uses its weight without running it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class _Cut:
     sizes: Sequence[tuple[str, int | None]]
     """Attributes that count the channels, and the position in one that is a tuple."""
     reads: bool = False
-    exact: bool = True
+    averages: bool = False
+    """It averages over channels."""
     blocks: int = 1
     """The layer treats its channels in so many blocks of equal size."""
 
@@ -45,23 +49,29 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
 
     Raises StageError if a layer takes no part in the forward pass or the graph does not tell how its channels are used.
     """
-    module = module.eval()
+    module = copy.deepcopy(module).eval()
     graph = _graph(module, example_inputs)
     paths = {layer: path for path, layer in module.named_modules(remove_duplicate=False)}
     shape = run(module, example_inputs).shape
+    shared = _shared(module)
     groups: dict[str, Group] = {}
     faults = {}
-    for coupled in graph.get_all_groups():
+    for coupled in _coupled(graph):
         root = paths[coupled[0].dep.target.module]
+        makers = _makers(graph, coupled, paths)
+        if makers & set(protect):
+            continue
         try:
-            group = _group(graph, coupled, root, paths)
-            makers = {member.path for member in group.members if not member.reads}
-            if makers & set(protect) or group.units == 1:
-                continue
-            if _is_proven(module, group, example_inputs, shape):
-                # the first layer is the one a reader looks for; two groups may share layers behind a concatenation
-                first = next(path for path in paths.values() if path in makers and path not in groups)
-                groups[first] = replace(group, path=first)
+            for group in _groups(graph, coupled, root, paths):
+                _check_unshared(group, shared)
+                if group.units > 1 and _is_proven(module, group, example_inputs, shape):
+                    # the first layer is the one a reader looks for; two groups may share layers behind a concatenation
+                    own = makers & {member.path for member in group.members}
+                    first = next((path for path in paths.values() if path in own and path not in groups), None)
+                    if first is None:
+                        msg = f"{root} makes channels for several uses"
+                        raise StageError(msg)
+                    groups[first] = replace(group, path=first)
         except StageError as error:
             faults[root] = str(error)
     if faults:
@@ -73,14 +83,30 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
     return tuple(groups[path] for path in paths.values() if path in groups)
 
 
+def _shared(module: nn.Module) -> Mapping[str, str]:
+    """Names of parameters that several layers have, each with all its names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, layer in module.named_modules():
+        for name, parameter in layer.named_parameters(path, recurse=False):
+            names[id(parameter)].append(name)
+    return {name: " and ".join(alike) for alike in names.values() if len(alike) > 1 for name in alike}
+
+
+def _check_unshared(group: Group, shared: Mapping[str, str]) -> None:
+    for member in group.members:
+        name = f"{member.path}.{member.name}".lstrip(".")
+        if name in shared:
+            msg = f"a weight that is cut must belong to one layer, but {shared[name]} are one and the same"
+            raise StageError(msg)
+
+
 def _is_proven(module: nn.Module, group: Group, example_inputs: Inputs, shape: Sequence[int]) -> bool:
     """Whether the group may be cut; False if it makes the output. Raises StageError if it makes something unknown."""
     plan = {group.path: tuple(range(0, group.units - group.units % 2, 2))}
     smaller = without(module, [group], plan)
     if run(smaller, example_inputs).shape != shape:
         return False
-    if group.exact:
-        check_equal(smaller, silenced(module, [group], plan), example_inputs)
+    check_cut(module, [group], plan, example_inputs)
     return True
 
 
@@ -89,64 +115,131 @@ def _graph(module: nn.Module, example_inputs: Inputs) -> "tp.DependencyGraph":
     import torch_pruning as tp  # noqa: PLC0415
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Torch-Pruning warns where it guesses how a parameter is to be cut
+        warnings.simplefilter("error")
         try:
-            graph = tp.DependencyGraph().build_dependency(module, example_inputs)
+            # not verbose: it would warn of parameters outside layers, whose use it guesses and the proof shows
+            graph = tp.DependencyGraph().build_dependency(module, example_inputs, verbose=False)
         except (UserWarning, TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             msg = f"the structure of {type(module).__name__} must be known to be pruned, but: {error}"
             raise StageError(msg) from error
     unseen = [
         path
         for path, layer in module.named_modules()
-        if isinstance(layer, _Conv | nn.Linear) and layer not in graph.module2node
+        if isinstance(layer, _Conv | nn.Linear)
+        and layer not in graph.module2node
+        and not isinstance(layer, _OfAttention)
     ]
     if unseen:
         msg = f"every layer must take part in the forward pass to be pruned, but {', '.join(unseen)} did not"
-        raise StageError(msg)
+        raise StageError(msg + "; take it out of the module, or let the outputs depend on it in evaluation mode too")
     return graph
 
 
-def _group(graph: "tp.DependencyGraph", coupled: "tp.Group", root: str, paths: Mapping[nn.Module, str]) -> Group:
-    """Translate a group of all channels of the layer at `root`."""
+def _coupled(graph: "tp.DependencyGraph") -> Iterator["tp.Group"]:
+    """All channels of a layer with all that is coupled to them, until every layer has been seen.
+
+    A single channel cannot leave: started from it, Torch-Pruning would take what it is multiplied with for seen too.
+    """
+    seen: set[nn.Module] = set()
+    for layer in graph.module2node:
+        if isinstance(layer, _Conv | nn.Linear) and layer not in seen:
+            pruner = graph.get_pruner_of_module(layer)
+            channels = pruner.get_out_channels(layer)
+            if channels > 1:
+                coupled = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(channels)))
+                seen |= {
+                    item.dep.target.module for item in coupled if graph.is_out_channel_pruning_fn(item.dep.handler)
+                }
+                yield coupled
+
+
+def _makers(graph: "tp.DependencyGraph", coupled: "tp.Group", paths: Mapping[nn.Module, str]) -> set[str]:
+    """Paths of the layers that have these channels in what they give."""
+    layers = [item.dep.target.module for item in coupled if graph.is_out_channel_pruning_fn(item.dep.handler)]
+    return {paths[layer] for layer in layers if layer in paths}
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a layer, or a parameter outside of layers, does with the channels of a group."""
+
+    path: str
+    cut: _Cut
+    channels: int | None
+    """How many it has on this side; None if it treats all alike."""
+    entries: Mapping[int, Sequence[int]]
+    """Its own channels by those of the group."""
+
+
+def _groups(
+    graph: "tp.DependencyGraph", coupled: "tp.Group", root: str, paths: Mapping[nn.Module, str]
+) -> Sequence[Group]:
+    """Translate all channels of the layer at `root`: several groups if a concatenation joins them."""
     channels = len(coupled[0].idxs)
-    found: list[tuple[str, _Cut, Mapping[int, Sequence[int]]]] = []
-    for item in coupled:
-        layer = item.dep.target.module
-        if isinstance(layer, nn.Parameter):
-            owner, _, name = graph._param_to_name[layer].rpartition(".")
-            cut = _Cut({name: item.dep.target.pruning_dim}, ())
-            path = owner
-        elif layer in paths:
-            path = paths[layer]
-            out = graph.is_out_channel_pruning_fn(item.dep.handler)
-            cut = _cut(layer, path, reads=not out and item is not coupled[0])
-        else:
-            continue  # an operation without tensors
-        entries: dict[int, list[int]] = defaultdict(list)
-        for channel, entry in zip(item.root_idxs, item.idxs, strict=True):
-            entries[channel].append(entry)
-        found.append((path, cut, entries))
-    blocks = math.lcm(*(cut.blocks for _, cut, _ in found))
-    units = [
-        tuple(block * (channels // blocks) + unit for block in range(blocks)) for unit in range(channels // blocks)
-    ]
+    uses = [use for item in coupled for use in _uses(graph, item, paths, reads=item is not coupled[0])]
+    uses = [use for use in uses if use.cut.reads or use.channels != 1]  # a single channel is multiplied with all others
+    for use in uses:
+        _check_follows(use, root, channels)
+    blocks = math.lcm(*(use.cut.blocks for use in uses))
+    alike: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+    for unit in range(channels // blocks):
+        together = tuple(block * (channels // blocks) + unit for block in range(blocks))
+        counts = tuple(sum(len(use.entries.get(channel, ())) for channel in together) for use in uses)
+        alike[counts].append(together)
+    return [_group(root, uses, units, channels) for units in alike.values()]
+
+
+def _uses(
+    graph: "tp.DependencyGraph", item: "tp.GroupItem", paths: Mapping[nn.Module, str], *, reads: bool
+) -> Sequence[_Use]:
+    """The use of an item of Torch-Pruning's group; none for an operation without tensors."""
+    entries: dict[int, list[int]] = defaultdict(list)
+    for channel, entry in zip(item.root_idxs, item.idxs, strict=True):
+        entries[channel].append(entry)
+    layer = item.dep.target.module
+    if isinstance(layer, nn.Parameter):
+        path, _, name = graph._param_to_name[layer].rpartition(".")
+        # a scale for each channel has one axis; of others it cannot be told which one the channels are
+        return [_Use(path, _Cut({name: item.dep.target.pruning_dim}, ()), layer.numel(), dict(entries))]
+    if layer not in paths:
+        return []
+    cut = _cut(layer, paths[layer], reads=reads and not graph.is_out_channel_pruning_fn(item.dep.handler))
+    counted = [(getattr(layer, name), position) for name, position in cut.sizes]
+    sizes = [size if position is None else size[position] for size, position in counted]
+    return [_Use(paths[layer], cut, sizes[0] if sizes else None, dict(entries))]
+
+
+def _check_follows(use: _Use, root: str, channels: int) -> None:
+    whole = use.channels == channels and all(list(use.entries.get(c, ())) == [c] for c in range(channels))
+    last = max((entry for entries in use.entries.values() for entry in entries), default=0)
+    is_parameter = not use.cut.sizes and bool(use.cut.tensors)
+    if (is_parameter or use.cut.blocks > 1) and not whole:
+        name = f"{use.path}.{next(iter(use.cut.tensors))}".lstrip(".") if is_parameter else use.path
+        msg = f"which of its channels {name} uses for those of {root} is not known"
+        raise StageError(msg)
+    if use.channels is not None and last >= use.channels:
+        msg = f"{use.path} has fewer channels than come to it from {root}: something in between rearranges them"
+        raise StageError(msg)
+
+
+def _group(root: str, uses: Sequence[_Use], units: Sequence[tuple[int, ...]], channels: int) -> Group:
+    """Group `units`, each some channels of the layer at `root` of which every use has equally many."""
     members, sizes = [], []
-    for path, cut, entries_of in found:
-        index = [tuple(entry for channel in unit for entry in entries_of[channel]) for unit in units]
-        counts = {len(entry) for entry in index}
-        if len(counts) > 1 or (cut.blocks > 1 and any(list(entries_of[c]) != [c] for c in range(channels))):
-            msg = f"{path} uses unequal numbers of its inputs for the channels of {root}"
-            raise StageError(msg)
-        for name, dim in cut.tensors.items():
-            members.append(Member(path, name, dim, _positions(index, cut, name, channels), reads=cut.reads))
-        sizes += [Size(path, name, counts.copy().pop(), position) for name, position in cut.sizes]
+    for use in uses:
+        index = [tuple(entry for channel in unit for entry in use.entries.get(channel, ())) for unit in units]
+        if index[0]:
+            for name, dim in use.cut.tensors.items():
+                members.append(
+                    Member(use.path, name, dim, _positions(index, use.cut, name, channels), reads=use.cut.reads)
+                )
+            sizes += [Size(use.path, name, len(index[0]), position) for name, position in use.cut.sizes]
     return Group(
         path=root,
         units=len(units),
         members=tuple(members),
         sizes=tuple(sizes),
-        channels_per_unit=blocks,
-        exact=all(cut.exact for _, cut, _ in found),
+        channels_per_unit=len(units[0]),
+        averaging=tuple(use.path for use in uses if use.cut.averages),
     )
 
 
@@ -164,7 +257,7 @@ def _cut(layer: nn.Module, path: str, *, reads: bool) -> _Cut:
         if isinstance(layer, kind):
             found = cut(layer, reads)
             present = {name: dim for name, dim in found.tensors.items() if getattr(layer, name, None) is not None}
-            return _Cut(present, found.sizes, found.reads, found.exact, found.blocks)
+            return replace(found, tensors=present)
     msg = f"how {path} ({type(layer).__name__}) loses channels is not known"
     raise StageError(msg)
 
@@ -187,17 +280,22 @@ def _linear(_layer: Any, reads: bool) -> _Cut:
     return _Cut({"weight": 0, "bias": 0}, [("out_features", None)])
 
 
-def _norm(*sizes: str, exact: bool = True) -> Callable[[Any, bool], _Cut]:
-    def cut(layer: Any, _reads: bool) -> _Cut:
-        tensors = {name: 0 for name in ("weight", "bias", "running_mean", "running_var")}
-        return _Cut(tensors, [(name, None) for name in sizes], exact=exact, blocks=getattr(layer, "num_groups", 1))
+_SCALES = {name: 0 for name in ("weight", "bias", "running_mean", "running_var")}
 
-    return cut
+
+def _norm(_layer: Any, _reads: bool) -> _Cut:
+    return _Cut(_SCALES, [("num_features", None)])
+
+
+def _group_norm(layer: Any, _reads: bool) -> _Cut:
+    if layer.num_groups == layer.num_channels:
+        return _Cut(_SCALES, [("num_channels", None), ("num_groups", None)])
+    return _Cut(_SCALES, [("num_channels", None)], averages=True, blocks=layer.num_groups)
 
 
 def _layer_norm(layer: Any, _reads: bool) -> _Cut:
     last = len(layer.normalized_shape) - 1
-    return _Cut({"weight": last, "bias": last}, [("normalized_shape", last)], exact=False)
+    return _Cut({"weight": last, "bias": last}, [("normalized_shape", last)], averages=True)
 
 
 def _embedding(_layer: Any, _reads: bool) -> _Cut:
@@ -211,8 +309,8 @@ def _prelu(layer: Any, _reads: bool) -> _Cut:
 _CUTS: Sequence[tuple[Any, Callable[[Any, bool], _Cut]]] = (
     (_Conv, _conv),
     (nn.Linear, _linear),
-    (_BatchNorm | _InstanceNorm, _norm("num_features")),
-    (nn.GroupNorm, _norm("num_channels", exact=False)),
+    (_BatchNorm | _InstanceNorm, _norm),
+    (nn.GroupNorm, _group_norm),
     (nn.LayerNorm, _layer_norm),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),

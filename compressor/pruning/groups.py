@@ -4,6 +4,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -55,8 +56,8 @@ class Group:
     kind: Literal["channels", "heads"] = "channels"
     channels_per_unit: int = 1
     """How many channels leave with a unit: more than one for heads and grouped convolutions."""
-    exact: bool = True
-    """Whether a removed unit acts on the rest as a silent one; not where a normalization averages over units."""
+    averaging: tuple[str, ...] = ()
+    """Normalizations that average over the units: of fewer, they give something else for the rest."""
 
 
 Plan: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -97,16 +98,29 @@ def silenced(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Modul
             if member.reads:
                 tensor = getattr(silent.get_submodule(member.path), member.name)
                 gone = torch.tensor(sorted(_entries(member, plan.get(group.path, ()))), dtype=torch.long)
-                tensor.data.index_fill_(member.dim, gone, 0)
+                tensor.data.index_fill_(member.dim, gone.to(tensor.device), 0)
     return silent
 
 
+def check_cut(module: nn.Module, groups: Sequence[Group], plan: Plan, example_inputs: Inputs) -> None:
+    """Raise StageError unless `module` without the units of `plan` answers as if nothing read them.
+
+    Normalizations that average over units are left out for this: they divide by one number, the size of what they get.
+    """
+    averaging = sorted({path for group in groups if plan.get(group.path) for path in group.averaging})
+    proven = _without_averages(module, averaging, example_inputs) if averaging else module
+    check_equal(without(proven, groups, plan), silenced(proven, groups, plan), example_inputs)
+
+
 def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:
-    """Raise StageError unless both modules give the same outputs, to a relative RMS error of `tolerance`.
+    """Raise StageError unless both modules give outputs of one shape, equal to a relative RMS error of `tolerance`.
 
     float32 sums in another order differ by about 1e-6; a wrong entry cut shows as a part of the output itself.
     """
     found, wanted = run(smaller, example_inputs), run(silent, example_inputs)
+    if found.shape != wanted.shape:
+        msg = f"outputs must keep the shape {tuple(wanted.shape)}, got {tuple(found.shape)} after pruning"
+        raise StageError(msg)
     error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
     if not error <= tolerance:
         msg = (
@@ -117,14 +131,39 @@ def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *
 
 
 def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
-    """Outputs without gradient. Raises StageError if the module does not run."""
+    """Outputs without gradient. Raises StageError if the module does not run or gives anything but one tensor."""
     with torch.no_grad():
         try:
-            outputs: Tensor = module(*example_inputs)
+            outputs: object = module(*example_inputs)
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-            msg = f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward?"
+            msg = (
+                f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward or "
+                "held by a buffer?"
+            )
             raise StageError(msg) from error
+    if not isinstance(outputs, Tensor):
+        msg = f"{type(module).__name__} must give one tensor to be pruned, got {type(outputs).__name__}"
+        raise StageError(msg)
     return outputs
+
+
+def _without_averages(module: nn.Module, paths: Sequence[str], example_inputs: Inputs) -> nn.Module:
+    """Copy `module` with the layers at `paths` dividing their inputs by the size that these have in `module`."""
+    plain = copy.deepcopy(module).eval()
+    sizes: dict[str, Tensor] = {}
+
+    def measure(path: str, _layer: nn.Module, inputs: Inputs, _outputs: Tensor) -> None:
+        sizes[path] = inputs[0].square().mean().sqrt().clamp(min=1e-12)
+
+    def divide(path: str, _layer: nn.Module, inputs: Inputs, _outputs: Tensor) -> Tensor:
+        return inputs[0] / sizes[path]
+
+    hooks = [plain.get_submodule(path).register_forward_hook(partial(measure, path)) for path in paths]
+    run(plain, example_inputs)
+    for path, hook in zip(paths, hooks, strict=True):
+        hook.remove()
+        plain.get_submodule(path).register_forward_hook(partial(divide, path))
+    return plain
 
 
 def _entries(member: Member, units: Units) -> set[int]:

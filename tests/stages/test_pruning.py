@@ -1,146 +1,34 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from pydantic import ValidationError
 
+from compressor import Samples, Task
 from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.pruning.allocation import multiples_of, uniform, units_kept
-from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
-from compressor.pruning.criteria import magnitude
+from compressor.pruning.goals import measure_of
+from compressor.pruning.staircase import measured_step
 from compressor.stage import StageContext
+from compressor.stages.pruning.sensitivity import Sensitivity
 from compressor.stages.pruning.stage import MagnitudePruning
 from compressor.stages.training import Training
 from compressor.task import evaluate
 from compressor.testing import check_stage
-from networks import (
-    ConcatenatedNetwork,
-    FixedViewNetwork,
-    PlainNetwork,
-    ResidualNetwork,
-    TenEverywhereNetwork,
-)
+
+PLAIN = Reference(factory="networks:PlainNetwork")
 
 
-def pruned(module: nn.Module, inputs, *, pruning_ratio: float = 0.5, round_to: int = 4) -> Pruned:
-    groups = prunable_groups(module, inputs)
-    scores = {group.path: magnitude(module, group, order=2) for group in groups}
-    chosen = uniform(groups, scores, pruning_ratio=pruning_ratio, step_of=multiples_of(round_to))
-    return prune_channels(module, inputs, groups, chosen)
+def context(model: TorchModel, directory, *, lines=None, reached=None) -> StageContext:
+    log = (lambda _line: None) if lines is None else lines.append
+    told = (lambda *_what: None) if reached is None else (lambda *what: reached.append(what))
+    return StageContext(model, torch.device("cpu"), 0, directory, log, reached=told)
 
 
-def half(module: nn.Module, task, round_to: int = 4) -> nn.Module:
-    return pruned(module, task.example_inputs, round_to=round_to).module
-
-
-@pytest.mark.parametrize(
-    ("channels", "ratio", "round_to", "kept"),
-    [
-        pytest.param(16, 0.5, 1, 8, id="exact"),
-        pytest.param(16, 0.5, 8, 8, id="multiple"),
-        pytest.param(20, 0.5, 8, 8, id="nearest-multiple"),
-        pytest.param(500, 0.5, 8, 248, id="ties-to-even"),
-        pytest.param(16, 0.99, 8, 8, id="never-below-one-multiple"),
-        pytest.param(6, 0.5, 8, 6, id="never-above-what-there-is"),
-        pytest.param(16, 0.01, 1, 16, id="nothing-to-remove"),
-    ],
-)
-def test_units_kept_is_the_nearest_multiple(channels, ratio, round_to, kept):
-    assert units_kept(channels, pruning_ratio=ratio, step=round_to) == kept
-
-
-@pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
-def test_pruned_network_has_half_the_channels_in_every_group_and_all_classes(network, digits_task):
-    found = pruned(network(), digits_task.example_inputs)
-    assert all(kept * 2 == had for kept, had in found.channels.values())
-    assert found.module(*digits_task.example_inputs).shape == (2, 10)
-
-
-def test_layers_coupled_by_an_addition_keep_the_same_channels(digits_task):
-    module = half(ResidualNetwork(), digits_task)
-    assert module.stem.out_channels == module.depthwise.groups == module.pointwise.out_channels == 8
-    assert module.bn1.num_features == module.bn3.num_features == module.head.in_features == 8
-
-
-def test_channels_of_smallest_magnitude_are_the_ones_removed(digits_task):
-    module = PlainNetwork()
-    with torch.no_grad():
-        for layer in (module.conv1, module.bn1):
-            layer.weight[::2] *= 1e-3
-        module.conv2.weight[:, ::2] *= 1e-3
-    smaller = half(module, digits_task)
-    assert torch.equal(smaller.conv1.weight, module.conv1.weight[1::2])
-    # the linear layer behind the flattening loses the columns of whole channels
-    assert smaller.fc1.in_features == 16 * 4 * 4
-
-
-def test_channels_without_effect_are_removed_without_changing_the_logits(digits_task):
-    module = PlainNetwork().eval()
-    with torch.no_grad():
-        module.conv1.weight[:8], module.bn1.weight[:8], module.bn1.bias[:8] = 0, 0, 0
-        module.conv2.weight[16:], module.conv2.bias[16:], module.fc1.weight[32:], module.fc1.bias[32:] = 0, 0, 0, 0
-        module.conv2.weight[:, :8] = 0
-        module.fc1.weight[:, 16 * 16 :] = 0
-        module.fc2.weight[:, 32:] = 0
-    images = digits_task.test.inputs[0]
-    # sums over fewer terms round differently
-    torch.testing.assert_close(half(module, digits_task)(images), module(images), rtol=0, atol=1e-6)
-
-
-def test_output_layer_is_told_from_a_hidden_layer_of_its_width(digits_task):
-    module = half(TenEverywhereNetwork(), digits_task, round_to=1)
-    assert (module.hidden.out_features, module.head.out_features) == (5, 10)
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        pytest.param(nn.ConvTranspose2d(16, 3, 2), id="transposed"),
-        pytest.param(nn.Conv2d(16, 1, 1), id="one-channel"),
-    ],
-)
-def test_convolution_that_makes_the_output_keeps_its_channels(digits_task, head):
-    module = half(nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), head), digits_task)
-    assert module[0].out_channels == 8
-    assert module[2].out_channels == head.out_channels
-
-
-def test_frozen_parameters_are_refused(digits_task):
-    module = PlainNetwork()
-    module.conv2.requires_grad_(False)
-    with pytest.raises(StageError, match=r"conv2\.weight, conv2\.bias are frozen"):
-        half(module, digits_task)
-
-
-def test_size_written_in_forward_is_explained(digits_task):
-    with pytest.raises(StageError, match="is a size written in its forward"):
-        half(FixedViewNetwork(), digits_task)
-
-
-def test_layer_that_takes_no_part_is_named(digits_task):
-    module = PlainNetwork()
-    module.forgotten = nn.Linear(3, 3)
-    with pytest.raises(StageError, match="forgotten did not"):
-        half(module, digits_task)
-
-
-def test_grouped_convolution_loses_as_many_channels_in_each_group(digits_task):
-    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 10))
-    smaller = half(module, digits_task)
-    assert smaller[1].weight.shape == (4, 2, 3, 3)
-    assert (smaller[1].in_channels, smaller[1].out_channels, smaller[1].groups) == (4, 4, 2)
-
-
-def test_ratio_that_removes_nothing_is_refused(digits_task):
-    with pytest.raises(StageError, match=r"leaves groups of \[16, 32, 64\] whole; lower round_to"):
-        pruned(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
-
-
-def test_pruning_does_not_change_the_given_module(digits_task):
-    module = PlainNetwork()
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    half(module, digits_task)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+@pytest.fixture
+def plain() -> TorchModel:
+    return TorchModel.build(PLAIN, seed=0)
 
 
 def test_recovery_distils_from_the_baseline_and_regains_accuracy(digits_task, tmp_path):
@@ -163,11 +51,6 @@ def test_recovery_distils_from_the_baseline_and_regains_accuracy(digits_task, tm
     assert any("kd" in line for line in lines)
 
 
-def test_magnitude_pruning_keeps_the_contract_of_a_stage(digits_task):
-    model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
-    check_stage(MagnitudePruning(pruning_ratio=0.5, recovery={"epochs": 1}), model, digits_task)
-
-
 def test_recovery_that_does_not_fit_the_models_is_refused_in_the_rehearsal(digits_task):
     model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
     recovery = {"epochs": 1, "losses": {"hint": {"layers": {"conv2": "conv3"}}}}
@@ -182,3 +65,219 @@ def test_rehearsal_gives_a_model_of_the_size_that_will_leave(digits_task, tmp_pa
     rehearsed = stage.rehearse(model, model, digits_task)
     pruned = stage.apply(model, digits_task, StageContext(model, torch.device("cpu"), 0, tmp_path, print))
     assert rehearsed.edits == pruned.edits
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give one of pruning_ratio, parameters, macs, size_bytes, latency_ratio, got none"),
+        ({"pruning_ratio": 0.5, "macs": 1000}, "got pruning_ratio and macs"),
+        ({"parameters": 10, "size_bytes": 10, "latency_ratio": 2.0}, "got parameters and size_bytes and latency_ratio"),
+        ({"pruning_ratio": 0.0}, "greater than 0"),
+        ({"pruning_ratio": 1.0}, "less than 1"),
+        ({"latency_ratio": 1.0}, "greater than 1"),
+        ({"macs": 0}, "greater than 0"),
+        ({"pruning_ratio": 0.5, "round_to": 0}, "greater than 0"),
+        ({"pruning_ratio": 0.5, "criterion": "random"}, "'l2', 'l1', 'bn_scale' or 'taylor'"),
+        ({"pruning_ratio": 0.5, "allocation": "local"}, "'uniform', 'global' or 'isomorphic'"),
+        ({"pruning_ratio": 0.5, "schedule": {"steps": 2}}, "schedule needs a recovery, which trains between its steps"),
+        (
+            {"pruning_ratio": 0.5, "schedule": {"steps": 4}, "recovery": {"epochs": 3}},
+            "recovery must have an epoch for each of 4 steps, got 3 epochs",
+        ),
+        (
+            {"macs": 9, "allocation": "sensitivity", "schedule": {"steps": 2}, "recovery": {"epochs": 2}},
+            "allocation: sensitivity prunes at once",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        MagnitudePruning.model_validate(settings)
+
+
+@pytest.mark.parametrize("quantity", ["parameters", "macs", "size_bytes"])
+def test_goal_is_reached_and_told(quantity, plain, digits_task, tmp_path):
+    with measure_of(quantity, plain.module, digits_task) as measured:
+        asked = int(measured(plain.module) // 2)
+        reached: list = []
+        stage = MagnitudePruning.model_validate({quantity: asked, "round_to": 16})
+        found = stage.apply(plain, digits_task, context(plain, tmp_path, reached=reached))
+        assert reached == [(quantity, asked, measured(found.module))]
+    assert 0.4 * asked <= reached[0][2] <= asked  # 16 of 32 channels are half of the weights
+
+
+@pytest.mark.parametrize("quantity", ["parameters", "macs", "size_bytes"])
+def test_rehearsal_refuses_an_unreachable_goal_at_once(quantity, plain, digits_task):
+    stage = MagnitudePruning.model_validate({quantity: 10, "round_to": 8})
+    with pytest.raises(StageError, match=f"{quantity} must be at most 10, but the best reachable is [0-9,]+, with"):
+        stage.rehearse(plain, plain, digits_task)
+
+
+def test_rehearsal_of_a_goal_gives_a_model_that_a_later_stage_can_be_tried_on(plain, digits_task):
+    rehearsed = MagnitudePruning(parameters=30_000, round_to=8).rehearse(plain, plain, digits_task)
+    assert [edit.path for edit in rehearsed.edits] == ["conv1", "bn1", "conv2", "fc1", "fc2"]
+    assert rehearsed.predict(digits_task.example_inputs).shape == (2, 10)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_ratio_that_was_reached_is_told(ratio, plain, digits_task, tmp_path):
+    reached: list = []
+    MagnitudePruning(pruning_ratio=ratio, round_to=16).apply(
+        plain, digits_task, context(plain, tmp_path, reached=reached)
+    )
+    # conv1 keeps its only 16 channels; conv2 and fc1 keep 16 (24 for a quarter: a tie, to the even) and 32 or 48
+    left = {0.25: 16 + 32 + 48, 0.5: 16 + 16 + 32}[ratio]
+    assert reached == [("pruning_ratio", ratio, 1 - left / 112)]
+
+
+def channels_after_each_step(lines) -> list[int]:
+    steps = [line.split() for line in lines if line.startswith("removed")]
+    return [int(words[3]) - int(words[1]) for words in steps]
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("linear", [112 - 14, 112 - 28, 112 - 42, 56]),
+        # the share that is gone: half of 1 - (1 - step/4)³
+        ("cubic", [round(112 * (1 - 0.5 * (1 - (1 - step / 4) ** 3))) for step in (1, 2, 3)] + [56]),
+    ],
+)
+def test_schedule_prunes_in_steps_with_an_epoch_after_each_but_the_last(shape, left, plain, digits_task, tmp_path):
+    lines: list[str] = []
+    records: list = []
+    task = replace(digits_task, train=Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64]))
+    stage = MagnitudePruning.model_validate(
+        {
+            "pruning_ratio": 0.5,
+            "round_to": 1,
+            "allocation": "global",
+            "schedule": {"shape": shape, "steps": 4},
+            "recovery": {"epochs": 6, "batch_size": 64},
+        }
+    )
+    reached: list = []
+    told = replace(context(plain, tmp_path, lines=lines, reached=reached), record=records.append)
+    found = stage.apply(plain, task, told)
+    assert channels_after_each_step(lines) == pytest.approx(left, abs=1)  # whole channels
+    assert channels_after_each_step(lines)[-1] == 56
+    assert len(records) == 6
+    assert reached == [("pruning_ratio", 0.5, 0.5)]
+    assert found.module.conv1.out_channels + found.module.conv2.out_channels + found.module.fc1.out_features == 56
+
+
+def test_steps_too_small_for_the_rounding_wait_for_the_next(plain, digits_task, tmp_path):
+    lines: list[str] = []
+    task = replace(digits_task, train=Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64]))
+    schedule = {"shape": "linear", "steps": 8}
+    stage = MagnitudePruning.model_validate(
+        {"pruning_ratio": 0.5, "round_to": 16, "schedule": schedule, "recovery": {"epochs": 8}}
+    )
+    found = stage.apply(plain, task, context(plain, tmp_path, lines=lines))
+    left = channels_after_each_step(lines)
+    assert left[-1] == found.module.conv1.out_channels + found.module.conv2.out_channels + found.module.fc1.out_features
+    assert 112 * 0.4 <= left[-1] <= 112 * 0.6  # half, to one step of 16
+    assert len(left) < 8
+
+
+def test_ratio_that_removes_nothing_in_any_step_is_refused(plain, digits_task, tmp_path):
+    stage = MagnitudePruning.model_validate(
+        {"pruning_ratio": 0.1, "round_to": 64, "schedule": {"steps": 2}, "recovery": {"epochs": 2}}
+    )
+    with pytest.raises(StageError, match=r"leaves groups of \[16, 32, 64\] whole; lower round_to"):
+        stage.apply(plain, digits_task, context(plain, tmp_path))
+
+
+def test_goal_is_reached_in_steps(plain, digits_task, tmp_path):
+    lines: list[str] = []
+    reached: list = []
+    task = replace(digits_task, train=Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64]))
+    stage = MagnitudePruning.model_validate(
+        {
+            "parameters": 20_000,
+            "round_to": 16,
+            "schedule": {"steps": 3},
+            "recovery": {"epochs": 3, "losses": {"hard": {}}},
+        }
+    )
+    found = stage.apply(plain, task, context(plain, tmp_path, lines=lines, reached=reached))
+    assert reached == [
+        ("parameters", 20_000, pytest.approx(sum(p.numel() for p in found.module.parameters()), rel=0.01))
+    ]
+    assert channels_after_each_step(lines) == sorted(channels_after_each_step(lines), reverse=True)
+
+
+def test_sensitivity_that_the_model_carries_spares_groups_that_matter(plain, digits_task, tmp_path):
+    measured = Sensitivity(grid=(0.5,), samples=20).apply(plain, digits_task, context(plain, tmp_path))
+    matters = {"conv1": 0.0, "conv2": 0.9, "fc1": 0.9}  # what is left of the accuracy without half of each
+    curves = {
+        path: curve.model_copy(update={"values": (matters[path],)})
+        for path, curve in measured.sensitivity.groups.items()
+    }
+    carried = measured.sensitivity.model_copy(update={"value": 1.0, "groups": curves})
+    stage = MagnitudePruning(pruning_ratio=0.4, allocation="sensitivity", round_to=1)
+    found = stage.apply(replace(plain, sensitivity=carried), digits_task, context(plain, tmp_path))
+    shares = [found.module.conv1.out_channels / 16, found.module.conv2.out_channels / 32]
+    assert shares[0] > 0.9
+    assert shares[1] < 0.6
+
+
+def test_allocation_by_sensitivity_without_one_is_refused_in_the_rehearsal(plain, digits_task):
+    stage = MagnitudePruning(pruning_ratio=0.5, allocation="sensitivity")
+    with pytest.raises(StageError, match="add `- stage: sensitivity` directly before the pruning"):
+        stage.rehearse(plain, plain, digits_task)
+
+
+def test_taylor_spares_the_channels_that_the_loss_feels(plain, digits_task, tmp_path):
+    with torch.no_grad():
+        plain.module.conv2.weight[::2] *= 10
+        plain.module.conv2.bias[::2] = -1e4  # large, and silent behind their rectifiers
+    alive = plain.module.conv2.weight[1::2]
+    found = MagnitudePruning(pruning_ratio=0.5, round_to=1, criterion="taylor").apply(
+        plain, digits_task, context(plain, tmp_path)
+    )
+    assert found.module.conv2.weight.shape[0] == len(alive)
+    assert (found.module.conv2.bias > -1).all()
+
+
+def test_channels_stay_in_multiples_that_fit_this_machine_unless_told(plain, digits_task, tmp_path):
+    found = MagnitudePruning(pruning_ratio=0.6).apply(plain, digits_task, context(plain, tmp_path))
+    for layer, channels in ((found.module.conv1, 16), (found.module.conv2, 32)):
+        step = measured_step()
+        while 2 * step > channels:
+            step //= 2
+        assert layer.out_channels % step == 0
+
+
+def test_protected_layers_keep_their_channels(plain, digits_task, tmp_path):
+    stage = MagnitudePruning(pruning_ratio=0.5, round_to=1, protect=("conv*",))
+    found = stage.apply(plain, digits_task, context(plain, tmp_path))
+    assert [edit.path for edit in found.edits] == ["fc1", "fc2"]
+
+
+def test_gpt2_loses_heads_and_hidden_units_through_its_linear_form(tmp_path):
+    model = TorchModel.build(Reference(factory="transformer_networks:gpt2"), seed=0)
+    tokens = torch.arange(14).view(2, 7)
+    samples = Samples((tokens,), torch.zeros(2, dtype=torch.long))
+    task = Task(samples, samples, samples, samples, example_inputs=(tokens,))
+    stage = MagnitudePruning(pruning_ratio=0.5, round_to=8)
+    found = stage.apply(model, task, context(model, tmp_path))
+    assert found.edits == stage.rehearse(model, model, task).edits
+    attention = found.module.model.transformer.h[0].attn
+    assert (attention.num_heads, attention.c_attn.out_features) == (2, 3 * 16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pruning_ratio": 0.5, "recovery": {"epochs": 1}},
+        {"pruning_ratio": 0.5, "allocation": "isomorphic", "criterion": "taylor", "round_to": 4},
+        {"parameters": 25_000, "allocation": "global", "criterion": "l1", "round_to": 32},
+        {"pruning_ratio": 0.5, "round_to": 4, "schedule": {"steps": 2}, "recovery": {"epochs": 2}},
+    ],
+    ids=["ratio", "taylor", "goal", "schedule"],
+)
+def test_magnitude_pruning_keeps_the_contract_of_a_stage(settings, plain, digits_task):
+    task = replace(digits_task, train=Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64]))
+    check_stage(MagnitudePruning.model_validate(settings), plain, task)
