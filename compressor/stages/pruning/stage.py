@@ -12,7 +12,7 @@ from compressor.pruning.allocation import Allocation, by_ratios, multiples_of, m
 from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import COMPARABLE, Criterion, scores
-from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, measure_of, reach
+from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
 from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.sensitivity import carried_sensitivity, ratios_by_sensitivity
@@ -78,16 +78,20 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         return next((Goal(quantity, float(value)) for quantity, value in asked.items() if value is not None), None)
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
-        """Cut the model at once, as far as it goes if a goal is asked, and compare it with what recovery asks."""
+        """Cut the model at once, as far as it goes if a goal is asked, and compare it with what recovery asks.
+
+        With a goal the whole model is the result: how much will leave is not known, and what follows needs what stays.
+        """
         model = with_linears(model)
         cuttable = self._cuttable(model, task)
         smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
         if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
             with measure_of(self.goal.quantity, reference.module, task) as measured:
+                check_unmet(self.goal, measured(model.module))
                 check_reachable(self.goal, measured(smaller.module))
         rehearsed = _with(model, smaller)
         check_recovery(rehearsed, reference, self.recovery, task)
-        return rehearsed
+        return rehearsed if self.goal is None else model
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
