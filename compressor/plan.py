@@ -11,7 +11,7 @@ import torch
 from compressor.chain import PlannedStage, find_stage
 from compressor.config import Pipeline
 from compressor.errors import ConfigError, Problem
-from compressor.plugins import Reference, is_path, load, source_files, stage_names
+from compressor.plugins import Reference, is_path, source_files, stage_names
 from compressor.report.environment import versions
 from compressor.stage import Stage
 from compressor.store import Store, content_key, differences
@@ -21,7 +21,6 @@ BASELINE = "baseline"
 """Name of the step that gives a model which comes with its weights."""
 LAST_RUN = "last_run"
 _SENSITIVITY = "sensitivity"
-_MEASURES = "compressor.stages.pruning.sensitivity:Sensitivity"
 _PRUNING = "magnitude_pruning"
 
 
@@ -80,7 +79,7 @@ def up_to_sensitivity(pipeline: Pipeline, *, stage: int | None = None) -> Pipeli
 
     Raises ConfigError if there is no such stage.
     """
-    measures, prunes = load(_MEASURES), find_stage(_PRUNING, stage_names())
+    measures, prunes = (find_stage(name, stage_names()) for name in (_SENSITIVITY, _PRUNING))
     stages = pipeline.stages
     known = [position for position, one in enumerate(stages) if isinstance(one.stage, measures | prunes)]
     if stage is None and known:

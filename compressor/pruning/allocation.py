@@ -14,6 +14,9 @@ Allocation: TypeAlias = Literal["uniform", "global", "isomorphic"]
 """`uniform`: every group loses the same share; `global`: the units with the smallest scores of all leave; `isomorphic`:
 the same share of every class of groups built alike, ranked within the class."""
 
+Counts: TypeAlias = Mapping[str, int]
+"""How many units leave, by the path of their group."""
+
 StepOf: TypeAlias = Callable[[Group], int]
 """How many units of a group must leave together."""
 
@@ -22,8 +25,10 @@ _LEAST_KEPT = 0.1
 
 
 def units_kept(units: int, *, pruning_ratio: float, step: int) -> int:
-    """Multiple of `step` nearest to (1 - `pruning_ratio`) * `units`, at least one, at most `units`."""
-    return min(units, max(1, round(units * (1 - pruning_ratio) / step)) * step)
+    """Multiple of `step` nearest to (1 - `pruning_ratio`) * `units`, at least one; all `units` if nearer."""
+    asked = units * (1 - pruning_ratio)
+    multiple = min(units, max(1, round(asked / step)) * step)
+    return units if units - asked < abs(multiple - asked) else multiple
 
 
 def multiples_of(round_to: int) -> StepOf:
@@ -82,6 +87,11 @@ def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scor
         kept = units_kept(group.units, pruning_ratio=ratios[group.path], step=step_of(group))
         removed[group.path] = _ascending(scores, group)[: group.units - kept]
     return removed
+
+
+def first(groups: Sequence[Group], scores: Scores, counts: Counts) -> Plan:
+    """Remove as many units of each group as `counts` says: those with the smallest scores."""
+    return {group.path: _ascending(scores, group)[: counts.get(group.path, 0)] for group in groups}
 
 
 class _Slice(NamedTuple):

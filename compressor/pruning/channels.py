@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
 from compressor.layers import paths_matching
+from compressor.pruning.allocation import Counts
 from compressor.pruning.graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_cut, without
 from compressor.pruning.transformers import transformer_units
@@ -43,14 +44,8 @@ class Cuttable:
     choose: Callable[[float], Plan]
     """The units to remove by the share of channels that is to leave; more of them for a larger share."""
 
-    @property
-    def channels(self) -> int:
-        """How many there are in all groups."""
-        return sum(group.units * group.channels_per_unit for group in self.groups)
-
-    def channels_after(self, plan: Plan) -> int:
-        """How many are left without the units of `plan`."""
-        return self.channels - sum(len(plan.get(group.path, ())) * group.channels_per_unit for group in self.groups)
+    first: Callable[[Counts], Plan]
+    """The units to remove by how many each group is to lose."""
 
     def cut(self, plan: Plan) -> Pruned:
         """Remove the units of `plan`, as `prune_channels` does."""

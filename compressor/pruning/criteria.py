@@ -2,15 +2,15 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
+from compressor.parity import spread
 from compressor.pruning.groups import Group, Member
-from compressor.task import Task, batches
+from compressor.task import Task, gather
 
 Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
 """`l2` and `l1`: the norm of all weights that leave with a unit; `bn_scale`: the scale of its batch normalization;
@@ -26,16 +26,25 @@ _TAYLOR_SAMPLES, _TAYLOR_BATCH = 1024, 64
 
 
 def scores(criterion: Criterion, module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
-    """Score every unit of `groups`. Raises StageError if a group has no batch normalization and `bn_scale` is asked."""
+    """Score every unit of `groups`.
+
+    Raises StageError if a score is not finite, or if `bn_scale` is asked and a group has no batch normalization.
+    """
     if criterion == "taylor":
-        return taylor(module, groups, task)
-    if criterion == "bn_scale":
-        return {group.path: bn_scale(module, group) for group in groups}
-    return {group.path: magnitude(module, group, order=2 if criterion == "l2" else 1) for group in groups}
+        found = taylor(module, groups, task)
+    elif criterion == "bn_scale":
+        found = {group.path: bn_scale(module, group) for group in groups}
+    else:
+        found = {group.path: magnitude(module, group, order=2 if criterion == "l2" else 1) for group in groups}
+    for path, values in found.items():
+        if not values.isfinite().all():
+            msg = f"every score must be a finite number, but {path} has others by {criterion}; look at its weights"
+            raise StageError(msg)
+    return found
 
 
 def magnitude(module: nn.Module, group: Group, *, order: Literal[1, 2]) -> Tensor:
-    """Norm over all kernels, rows, columns and scales that leave with a unit (DepGraph, Fang et al. 2023, eq. 7)."""
+    """Norm over all kernels, rows, columns and scales that leave with a unit (after DepGraph, arXiv 2301.12900)."""
     weights = [member for member in group.members if _is_weight(module, member)]
     powers = torch.stack([_per_unit(_tensor(module, member).abs() ** order, member) for member in weights]).sum(dim=0)
     return powers if order == 1 else powers.sqrt()
@@ -55,17 +64,19 @@ def bn_scale(module: nn.Module, group: Group) -> Tensor:
 
 
 def taylor(module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
-    """Squared first-order change of the loss without a unit, mean over batches (Molchanov et al. 2019, eq. 8).
+    """Squared first-order change of the loss without a unit, mean over batches (after Molchanov et al. 2019).
 
     A unit is silenced by zeros in all weights that read it, so the change is the sum of weight times gradient over
-    these. The first 1,024 training samples are used, without augmentation, in evaluation mode.
+    these. Up to 1,024 samples spread over the training split are used, without augmentation, in evaluation mode.
     """
     scored = copy.deepcopy(module).eval()
     for parameter in scored.parameters():
         parameter.requires_grad_(True)
     sums = {group.path: torch.zeros(group.units) for group in groups}
     count = 0
-    for batch in islice(batches(task.train, _TAYLOR_BATCH), _TAYLOR_SAMPLES // _TAYLOR_BATCH):
+    rows = spread(task.train, _TAYLOR_SAMPLES)
+    for start in range(0, len(rows), _TAYLOR_BATCH):
+        batch = gather(task.train, rows[start : start + _TAYLOR_BATCH])
         scored.zero_grad()
         task.loss(scored(*batch.inputs), batch.targets).mean().backward()  # type: ignore[no-untyped-call]
         for group in groups:

@@ -90,10 +90,7 @@ def reach(
     Raises StageError if `module` meets the goal uncut, or if the largest cut does not meet it; the message says what
     was found.
     """
-    uncut = measured(module)
-    if goal.is_met(uncut):
-        msg = f"{goal}, which the model meets uncut with {goal.shown(uncut)}; ask for more, or leave out the pruning"
-        raise StageError(msg)
+    check_unmet(goal, measured(module))
 
     def tried(pruning_ratio: float, plan: Plan) -> Reached:
         pruned = cut(plan)
@@ -117,6 +114,13 @@ def reach(
         else:
             low, too_little = middle, plan
     return best
+
+
+def check_unmet(goal: Goal, uncut: float) -> None:
+    """Raise StageError if `uncut`, what the whole model achieves, meets the goal."""
+    if goal.is_met(uncut):
+        msg = f"{goal}, which the model meets uncut with {goal.shown(uncut)}; ask for more, or leave out the pruning"
+        raise StageError(msg)
 
 
 def check_reachable(goal: Goal, best: float) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from compressor.artifact import TorchModel
 from compressor.errors import StageError
+from compressor.parity import spread
 from compressor.processes import gathered, processes
 from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
@@ -176,10 +177,9 @@ def _curve(
 
 
 def _validation_batches(task: Task, samples: int, device: torch.device) -> tuple[Batch, ...]:
-    # evenly spaced, as a split may be sorted by class; decoded once, as they are evaluated hundreds of times
-    count = min(samples, len(task.validation))
-    rows = [position * len(task.validation) // count for position in range(count)]
-    starts = range(0, count, EVALUATION_BATCH)
+    # decoded once, as they are evaluated hundreds of times
+    rows = spread(task.validation, samples)
+    starts = range(0, len(rows), EVALUATION_BATCH)
     return tuple(gather(task.validation, rows[start : start + EVALUATION_BATCH]).to(device) for start in starts)
 
 

@@ -34,7 +34,8 @@ def lamp_scores(weight: Tensor) -> Tensor:
     """Square of each weight over the sum of all squares in the layer that are not smaller (Lee et al. 2021).
 
     Layer-adaptive magnitude, arXiv 2010.07611: how much of what would be left of the layer the weight is. Float64, of
-    the shape of `weight`, in [0, 1]; the largest weight has 1, unless all are zero.
+    the shape of `weight`, in [0, 1]; the largest weight has 1, unless all are zero. Equal weights
+    have equal scores, where the paper lets their order decide.
     """
     ascending, order = weight.detach().abs().flatten().sort()
     squares = ascending.double().square()

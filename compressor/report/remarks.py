@@ -55,7 +55,10 @@ def timing(report: Report) -> str:
 
 def _reached(after: Row, new: str) -> Iterator[str]:
     for one in after.reached:
-        yield f"{new} was asked for {one.setting} {one.asked:,.6g} and achieved {one.achieved:,.6g}."
+        asked, achieved = (
+            f"{number:,.0f}" if number >= 1000 else f"{number:.3g}" for number in (one.asked, one.achieved)
+        )
+        yield f"{new} was asked for {one.setting} {asked} and achieved {achieved}."
 
 
 def _larger(before: Row, after: Row, old: str, new: str) -> Iterator[str]:

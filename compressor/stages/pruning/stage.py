@@ -1,7 +1,9 @@
 """Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
@@ -9,11 +11,20 @@ from torch import nn
 
 from compressor.artifact import TorchModel, structural_edits
 from compressor.processes import processes, told
-from compressor.pruning.allocation import Allocation, StepOf, by_ratios, multiples_of, multiples_that_fit, plan
+from compressor.pruning.allocation import (
+    Allocation,
+    Counts,
+    StepOf,
+    by_ratios,
+    first,
+    multiples_of,
+    multiples_that_fit,
+    plan,
+)
 from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
-from compressor.pruning.goals import LARGEST, Goal, Quantity, Reached, check_reachable, measure_of, reach
+from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
 from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.sensitivity import carried_sensitivity, ratios_by_sensitivity
@@ -33,7 +44,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     """
 
     pruning_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the channels that leave; parameters fall by about its complement squared."""
+    """Share of the channels that leave; parameters fall to about the square of what stays."""
     parameters: int | None = Field(default=None, gt=0)
     """At most so many stay."""
     macs: int | None = Field(default=None, gt=0)
@@ -67,9 +78,6 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
                 msg = "schedule needs a recovery, which trains between its steps"
                 raise ValueError(msg)
             division(self.recovery.epochs, self.schedule.steps)
-            if self.allocation == "sensitivity":
-                msg = "allocation: sensitivity prunes at once, for it was measured before the first step; drop schedule"
-                raise ValueError(msg)
         return self
 
     @property
@@ -79,110 +87,111 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         return next((Goal(quantity, float(value)) for quantity, value in asked.items() if value is not None), None)
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
-        """Cut the model at once, as far as it goes if a goal is asked, and compare it with what recovery asks."""
+        """Cut the model at once, and compare it with what recovery asks; with a goal, cut as far as it goes."""
         model = with_linears(model)
         cuttable = self._cuttable(model, task)
         smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
         if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
             with measure_of(self.goal.quantity, reference.module, task) as measured:
+                check_unmet(self.goal, measured(model.module))
                 check_reachable(self.goal, measured(smaller.module))
         rehearsed = _with(model, smaller)
         check_recovery(rehearsed, reference, self.recovery, task)
-        return rehearsed
+        # what follows meets a model that a goal has cut less
+        return rehearsed if self.goal is None else model
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can.
 
-        Under torchrun the main process decides what leaves: times and sums may differ between processes.
+        How many units each group loses is decided once, on the model that enters; which ones, again at every step.
+        Under torchrun the main process decides: times and sums may differ between processes.
         """
         decides = processes(context.device).is_main_process
         model = with_linears(model)
         cuttable = self._cuttable(model, task, log=context.log)
-        channels, done = cuttable.channels, 0
-        for pruning_ratio, epochs in told(self._steps(cuttable, task, context) if decides else None):
+        courses = told(self._courses(cuttable, task, context) if decides else None)
+        done = 0
+        for counts, epochs in zip(courses, self._epochs, strict=True):
             if done:
                 cuttable = self._cuttable(model, task)
-            chosen = told(
-                self._chosen(cuttable, task, context, pruning_ratio=pruning_ratio, channels=channels)
-                if decides
-                else None
-            )
-            if not done or any(chosen.values()):  # else an earlier step has gone as far
-                pruned = cuttable.cut(chosen)
-                context.log(_told(cuttable.module, pruned))
+            if any(counts.values()):  # rounding may leave a step nothing to do
+                pruned = cuttable.cut(told(cuttable.first(counts) if decides else None))
+                context.log(_described(model.module, pruned))
                 model = _with(model, pruned)
             if self.recovery is not None:
                 model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
                 done += epochs
         return model
 
-    def _steps(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[tuple[float | None, int]]:
-        """Share of all channels that is gone after each step, None where the goal decides; epochs of recovery then."""
+    @property
+    def _epochs(self) -> Sequence[int]:
+        """Of recovery, after each step."""
         epochs = 0 if self.recovery is None else self.recovery.epochs
-        if self.schedule is None:
-            return [(self.pruning_ratio, epochs)]
-        goal = self.goal
-        end = self._found(cuttable, goal, task, context).pruned.pruning_ratio if goal else self.pruning_ratio or 0
-        ratios = ramp(end, self.schedule.steps, self.schedule.shape)[:-1]
-        return list(zip([*ratios, self.pruning_ratio], division(epochs, self.schedule.steps), strict=True))
+        return (epochs,) if self.schedule is None else division(epochs, self.schedule.steps)
 
-    def _chosen(
-        self, cuttable: Cuttable, task: Task, context: StageContext, *, pruning_ratio: float | None, channels: int
-    ) -> Plan:
-        """Units to remove until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
-        if self.goal is not None and pruning_ratio is None:
+    def _courses(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[Counts]:
+        """How many units each group loses at each step."""
+        if self.goal is None:
+            ratio = self.pruning_ratio or 0.0
+            whole = cuttable.choose(ratio)
+            context.reached("pruning_ratio", ratio, cuttable.cut(whole).pruning_ratio)
+        else:
             with measure_of(self.goal.quantity, context.reference.module, task) as measured:
-                achieved = measured(cuttable.module) if cuttable.channels < channels else None
-            if achieved is not None and self.goal.is_met(achieved):  # rounding has let an earlier step go as far
-                context.reached(self.goal.quantity, self.goal.asked, achieved)
-                return {}
-            found = self._found(cuttable, self.goal, task, context)
+                found = reach(
+                    self.goal,
+                    cuttable.module,
+                    plan_of=cuttable.choose,
+                    cut=cuttable.cut,
+                    measured=measured,
+                    log=context.log,
+                )
+            ratio, whole = found.pruning_ratio, found.plan
             context.reached(self.goal.quantity, self.goal.asked, found.achieved)
-            return found.plan
-        chosen = cuttable.choose(1 - (1 - (pruning_ratio or 0)) * channels / cuttable.channels)
-        if pruning_ratio is not None and pruning_ratio == self.pruning_ratio:
-            context.reached("pruning_ratio", pruning_ratio, 1 - cuttable.channels_after(chosen) / channels)
-        return chosen
+        before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
+        totals = [Counter({path: len(units) for path, units in plan.items()}) for plan in map(cuttable.choose, before)]
+        totals.append(Counter({path: len(units) for path, units in whole.items()}))
+        return [total - last for last, total in pairwise([Counter[str](), *totals])]
 
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
 
         @cache
-        def ranking() -> tuple[Scores, StepOf]:
-            found = scores(self.criterion, model.module, groups, task)
-            return found, multiples_of(self.round_to) if self.round_to else multiples_that_fit(measured_step())
+        def found() -> Scores:
+            return scores(self.criterion, model.module, groups, task)
+
+        @cache
+        def step_of() -> StepOf:
+            if self.round_to is not None:
+                return multiples_of(self.round_to)
+            step = measured_step()
+            log(f"channels stay multiples of {step}, the step in which time grows with them on this machine")
+            return multiples_that_fit(step)
 
         def choose(pruning_ratio: float) -> Plan:
-            found, step_of = ranking()
             if self.allocation == "sensitivity":
                 carried = carried_sensitivity(model, groups, criterion=self.criterion)
                 shares = ratios_by_sensitivity(carried, groups, pruning_ratio=pruning_ratio)
-                return by_ratios(shares, groups, found, step_of=step_of)
+                return by_ratios(shares, groups, found(), step_of=step_of())
             return plan(
                 self.allocation,
                 model.module,
                 groups,
-                found,
+                found(),
                 comparable=self.criterion in COMPARABLE,
                 pruning_ratio=pruning_ratio,
-                step_of=step_of,
+                step_of=step_of(),
             )
 
-        return Cuttable(model.module, task.example_inputs, groups, choose)
-
-    def _found(self, cuttable: Cuttable, goal: Goal, task: Task, context: StageContext) -> Reached:
-        """The smallest cut that meets `goal`."""
-        with measure_of(goal.quantity, context.reference.module, task) as measured:
-            return reach(
-                goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
-            )
+        return Cuttable(
+            model.module, task.example_inputs, groups, choose, lambda counts: first(groups, found(), counts)
+        )
 
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
     return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
 
 
-def _told(module: nn.Module, pruned: Pruned) -> str:
+def _described(module: nn.Module, pruned: Pruned) -> str:
     had = sum(had for _, had in pruned.channels.values())
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (module, pruned.module)]
     return (
