@@ -1,6 +1,7 @@
 """Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal, Self, final
 
 from pydantic import Field, model_validator
@@ -8,11 +9,11 @@ from torch import nn
 
 from compressor.artifact import TorchModel, structural_edits
 from compressor.processes import processes, told
-from compressor.pruning.allocation import Allocation, by_ratios, multiples_of, multiples_that_fit, plan
+from compressor.pruning.allocation import Allocation, StepOf, by_ratios, multiples_of, multiples_that_fit, plan
 from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
 from compressor.pruning.conv1d import with_linears
-from compressor.pruning.criteria import COMPARABLE, Criterion, scores
-from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, measure_of, reach
+from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
+from compressor.pruning.goals import LARGEST, Goal, Quantity, Reached, check_reachable, measure_of, reach
 from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.sensitivity import carried_sensitivity, ratios_by_sensitivity
@@ -90,14 +91,22 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         return rehearsed
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
-        """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can."""
+        """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can.
+
+        Under torchrun the main process decides what leaves: times and sums may differ between processes.
+        """
+        decides = processes(context.device).is_main_process
         model = with_linears(model)
         cuttable = self._cuttable(model, task, log=context.log)
         channels, done = cuttable.channels, 0
-        for pruning_ratio, epochs in self._steps(cuttable, task, context):
+        for pruning_ratio, epochs in told(self._steps(cuttable, task, context) if decides else None):
             if done:
                 cuttable = self._cuttable(model, task)
-            chosen = self._chosen(cuttable, task, context, pruning_ratio=pruning_ratio, channels=channels)
+            chosen = told(
+                self._chosen(cuttable, task, context, pruning_ratio=pruning_ratio, channels=channels)
+                if decides
+                else None
+            )
             # else rounding lets a later step begin, or has let an earlier one go as far
             if any(chosen.values()) or (pruning_ratio == self.pruning_ratio and cuttable.channels == channels):
                 pruned = cuttable.cut(chosen)
@@ -113,9 +122,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         epochs = 0 if self.recovery is None else self.recovery.epochs
         if self.schedule is None:
             return [(self.pruning_ratio, epochs)]
-        end = self.pruning_ratio
-        if end is None:
-            end = cuttable.cut(self._found(cuttable, task, context)[0]).pruning_ratio
+        goal = self.goal
+        end = self._found(cuttable, goal, task, context).pruned.pruning_ratio if goal else self.pruning_ratio or 0
         ratios = ramp(end, self.schedule.steps, self.schedule.shape)[:-1]
         return list(zip([*ratios, self.pruning_ratio], division(epochs, self.schedule.steps), strict=True))
 
@@ -124,9 +132,14 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     ) -> Plan:
         """Units to remove until a share `pruning_ratio` of the `channels` at the start is gone, or the goal is met."""
         if self.goal is not None and pruning_ratio is None:
-            chosen, achieved = self._found(cuttable, task, context, may_be_met=cuttable.channels < channels)
-            context.reached(self.goal.quantity, self.goal.asked, achieved)
-            return chosen
+            with measure_of(self.goal.quantity, context.reference.module, task) as measured:
+                achieved = measured(cuttable.module) if cuttable.channels < channels else None
+            if achieved is not None and self.goal.is_met(achieved):  # rounding has let an earlier step go as far
+                context.reached(self.goal.quantity, self.goal.asked, achieved)
+                return {}
+            found = self._found(cuttable, self.goal, task, context)
+            context.reached(self.goal.quantity, self.goal.asked, found.achieved)
+            return found.plan
         chosen = cuttable.choose(1 - (1 - (pruning_ratio or 0)) * channels / cuttable.channels)
         if pruning_ratio is not None and pruning_ratio == self.pruning_ratio:
             context.reached("pruning_ratio", pruning_ratio, 1 - cuttable.channels_after(chosen) / channels)
@@ -134,52 +147,36 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
-        found = scores(self.criterion, model.module, groups, task)
-        step_of = multiples_of(self.round_to) if self.round_to else multiples_that_fit(measured_step())
-        if self.allocation == "sensitivity":
-            carried = carried_sensitivity(model, groups, criterion=self.criterion)
 
-            def choose(pruning_ratio: float) -> Plan:
+        @cache
+        def ranking() -> tuple[Scores, StepOf]:
+            found = scores(self.criterion, model.module, groups, task)
+            return found, multiples_of(self.round_to) if self.round_to else multiples_that_fit(measured_step())
+
+        def choose(pruning_ratio: float) -> Plan:
+            found, step_of = ranking()
+            if self.allocation == "sensitivity":
+                carried = carried_sensitivity(model, groups, criterion=self.criterion)
                 shares = ratios_by_sensitivity(carried, groups, pruning_ratio=pruning_ratio)
                 return by_ratios(shares, groups, found, step_of=step_of)
-
-        else:
-            allocation, comparable = self.allocation, self.criterion in COMPARABLE
-
-            def choose(pruning_ratio: float) -> Plan:
-                return plan(
-                    allocation,
-                    model.module,
-                    groups,
-                    found,
-                    comparable=comparable,
-                    pruning_ratio=pruning_ratio,
-                    step_of=step_of,
-                )
+            return plan(
+                self.allocation,
+                model.module,
+                groups,
+                found,
+                comparable=self.criterion in COMPARABLE,
+                pruning_ratio=pruning_ratio,
+                step_of=step_of,
+            )
 
         return Cuttable(model.module, task.example_inputs, groups, choose)
 
-    def _found(
-        self, cuttable: Cuttable, task: Task, context: StageContext, *, may_be_met: bool = False
-    ) -> tuple[Plan, float]:
-        """The smallest cut that meets the goal, and what it achieves; the main process measures for all.
-
-        None is needed if the goal is met and `may_be_met`: rounding can take earlier steps that far.
-        """
-        goal = self.goal
-        if goal is None or not processes(context.device).is_main_process:
-            found: tuple[Plan, float] = told(None)
-            return found
+    def _found(self, cuttable: Cuttable, goal: Goal, task: Task, context: StageContext) -> Reached:
+        """The smallest cut that meets `goal`."""
         with measure_of(goal.quantity, context.reference.module, task) as measured:
-            if may_be_met and goal.is_met(achieved := measured(cuttable.module)):
-                plan_and_achieved: tuple[Plan, float] = ({}, achieved)
-            else:
-                reached = reach(
-                    goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
-                )
-                plan_and_achieved = (reached.plan, reached.achieved)
-        told(plan_and_achieved)
-        return plan_and_achieved
+            return reach(
+                goal, cuttable.module, plan_of=cuttable.choose, cut=cuttable.cut, measured=measured, log=context.log
+            )
 
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
