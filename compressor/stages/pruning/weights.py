@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor.artifact import TorchModel
 from compressor.errors import StageError
 from compressor.layers import paths_matching
+from compressor.pruning.conv1d import with_linears
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.zeros import Allocation, pattern_mask, zero_masks
 from compressor.stage import Stage, StageContext
@@ -59,6 +60,7 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
         """Prune the model at once, and compare what it is with what recovery asks."""
+        model = with_linears(model)
         weights = prunable_weights(model.module, task.example_inputs, protect=self.protect)
         pruned = self._pruned(model, weights, self.sparsity, log=lambda _line: None)
         check_recovery(pruned, reference, self.recovery, task)
@@ -66,6 +68,7 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a model with zeros. Raises StageError if weights cannot be pruned, or more are zero than asked."""
+        model = with_linears(model)
         layers = prunable_weights(model.module, task.example_inputs, protect=self.protect)
         done = 0
         for sparsity, epochs in self._steps(model.module, layers):
