@@ -12,10 +12,11 @@ from compressor.errors import StageError
 from compressor.export import to_onnx
 from compressor.latency import time_models
 from compressor.measure import measure
-from compressor.pruning.allocation import plan
+from compressor.pruning.allocation import multiples_of, plan
 from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.criteria import scores
 from compressor.pruning.goals import Goal, Reached, measure_of, reach
+from compressor.pruning.groups import Plan
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
 
 
@@ -29,13 +30,17 @@ class Search:
 
 def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", round_to: int = 1, protect=()) -> Search:
     groups = prunable_groups(module, task.example_inputs, protect=protect)
-    score = scores("l2", module, groups, task)
+    score, step_of = scores("l2", module, groups, task), multiples_of(round_to)
     log: list[str] = []
+
+    def plan_of(pruning_ratio: float) -> Plan:
+        return plan(allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of)
+
     with measure_of(goal.quantity, module, task, max_seconds=1) as measured:
         reached = reach(
             goal,
             module,
-            plan_of=lambda ratio: plan(allocation, module, groups, score, pruning_ratio=ratio, round_to=round_to),
+            plan_of=plan_of,
             cut=lambda chosen: prune_channels(module, task.example_inputs, groups, chosen),
             measured=measured,
             log=log.append,
@@ -170,7 +175,7 @@ def test_a_goal_out_of_reach_is_refused_with_the_best_reachable(digits_task):
         best = measured(prune_channels(module, digits_task.example_inputs, groups, eight_left).module)
     assert str(refused.value).startswith(
         f"parameters must be at most 10, but the best reachable is {best:,}, with every group of channels at its "
-        "smallest, from 38,"
+        "smallest; ask for less"
     )
 
 

@@ -8,7 +8,7 @@ from compressor import Samples, Task
 from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.pruning.allocation import by_ratios
+from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.channels import prunable_groups
 from compressor.pruning.criteria import scores
 from compressor.pruning.groups import silenced
@@ -73,7 +73,7 @@ def measured(model, groups, task: Task, *, samples: int = 2000, criterion="l2", 
 def test_each_value_is_that_of_the_model_in_which_nothing_reads_those_channels(found, model, groups, digits_task):
     scored = scores("l2", model.module, groups, digits_task)
     for group in groups:
-        plan = by_ratios({group.path: 0.5}, [group], scored, round_to=1)
+        plan = by_ratios({group.path: 0.5}, [group], scored, step_of=multiples_of(1))
         silent = silenced(model.module, [group], plan)
         wanted = evaluate(digits_task.metrics, replace(model, module=silent).predict, digits_task.validation)
         assert len(plan[group.path]) == group.units // 2
@@ -97,7 +97,7 @@ def test_group_with_idle_channels_shows_no_fall_and_loses_most(found, model, gro
     accuracies = [
         evaluate(digits_task.metrics, replace(model, module=silent).predict, digits_task.validation)["accuracy"]
         for shares in (ratios, dict.fromkeys(ratios, 0.4))
-        for silent in [silenced(model.module, groups, by_ratios(shares, groups, scored, round_to=1))]
+        for silent in [silenced(model.module, groups, by_ratios(shares, groups, scored, step_of=multiples_of(1)))]
     ]
     assert accuracies[0] > accuracies[1]
 
@@ -126,14 +126,14 @@ def test_larger_ratio_removes_the_same_units_and_more(found, model, groups, digi
     before = {group.path: set() for group in groups}
     for percent in range(2, 100, 2):
         shares = ratios_by_sensitivity(found, groups, pruning_ratio=percent / 100)
-        plan = by_ratios(shares, groups, scored, round_to=4)
+        plan = by_ratios(shares, groups, scored, step_of=multiples_of(4))
         assert all(before[path] <= set(units) for path, units in plan.items())
         before = {path: set(units) for path, units in plan.items()}
 
 
 def test_no_group_is_emptied(found, model, groups, digits_task):
     ratios = ratios_by_sensitivity(found, groups, pruning_ratio=0.999)
-    plan = by_ratios(ratios, groups, scores("l2", model.module, groups, digits_task), round_to=1)
+    plan = by_ratios(ratios, groups, scores("l2", model.module, groups, digits_task), step_of=multiples_of(1))
     assert [group.units - len(plan[group.path]) for group in groups] == [1, 1, 1]
 
 
