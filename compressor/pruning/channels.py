@@ -70,12 +70,14 @@ def prunable_groups(
     `paths_matching` takes them; what a protected layer holds is protected too. `log` is told of attention that stays
     whole, and why.
 
-    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, a parameter that
-    would be cut is shared by two layers, a layer cannot be followed, or nothing can be removed.
+    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen, weights are
+    not finite, a parameter that would be cut is shared by two layers, a layer cannot be followed, or nothing can be
+    removed.
     """
     kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
     inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
     _check_free(module)
+    _check_finite(module)
     units = transformer_units(module, example_inputs, protect=inside)
     for path, reason in units.left_whole.items():
         log(f"{path} keeps its heads: {reason}")
@@ -123,6 +125,13 @@ def _check_free(module: nn.Module) -> None:
     if frozen:
         names = ", ".join(frozen[:5])
         msg = f"all parameters must have requires_grad to be pruned, but {names} are frozen; unfreeze them"
+        raise StageError(msg)
+
+
+def _check_finite(module: nn.Module) -> None:
+    names = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    if names:
+        msg = f"all weights must be finite to be pruned, but {', '.join(names[:5])} are not; check the weights file"
         raise StageError(msg)
 
 
