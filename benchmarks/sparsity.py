@@ -53,7 +53,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "recovery": {"epochs": 12, "batch_size": 128},
     },
     "resnet_pruning": {
-        "recovery": {"epochs": 1, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.05}},
+        "recovery": {"epochs": 1, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 0.005}},
     },
 }
 

@@ -7,6 +7,9 @@ from itertools import pairwise
 from compressor.report.figures import change, milliseconds, printable, size, speed, times, value
 from compressor.report.records import Latency, LatencySession, MetricInfo, Report, Row
 
+_MANY_ZEROS = 0.1
+"""Share of the parameters from which on their loss is worth a sentence: a few biases are zero in many models."""
+
 
 def headline(report: Report) -> str:
     """What came in and what came out, in one line."""
@@ -34,6 +37,7 @@ def remarks(report: Report) -> tuple[str, ...]:
         found += _larger(before, after, old, new)
         found += _slower(before, after, old, new, report.latency_session)
         found += _idle_zeros(before, after, old, new, report.latency_session)
+        found += _lost_zeros(before, after, old, new)
         for metric in report.metrics:
             found += _worse(before, after, old, new, metric)
     return tuple(found)
@@ -90,6 +94,14 @@ def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySes
         f"and multiplied like other numbers; they only compress better, to {size(now.transfer_bytes)} after "
         f"{size(was.transfer_bytes)} (gzip).{_speed_with_zeros(before, after, old, session)}"
     )
+
+
+def _lost_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
+    """A later stage keeps zeros, unless it starts from other weights, as a student of its own does."""
+    was, now = (1 - row.measurement.nonzero / row.measurement.parameters for row in (before, after))
+    if was >= _MANY_ZEROS and now < was / 2:
+        shares = f"{100 * now:.0f} % of its parameters are zero, after {100 * was:.0f} % of those of {old}"
+        yield f"{new} is dense: {shares}."
 
 
 def _speed_with_zeros(before: Row, after: Row, old: str, session: LatencySession | None) -> str:

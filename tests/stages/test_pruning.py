@@ -85,10 +85,6 @@ def test_rehearsal_gives_a_model_of_the_size_that_will_leave(digits_task, tmp_pa
             {"pruning_ratio": 0.5, "schedule": {"steps": 4}, "recovery": {"epochs": 3}},
             "recovery must have an epoch for each of 4 steps, got 3 epochs",
         ),
-        (
-            {"macs": 9, "allocation": "sensitivity", "schedule": {"steps": 2}, "recovery": {"epochs": 2}},
-            "allocation: sensitivity prunes at once",
-        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
@@ -114,12 +110,6 @@ def test_rehearsal_refuses_an_unreachable_goal_at_once(quantity, plain, digits_t
         stage.rehearse(plain, plain, digits_task)
 
 
-def test_rehearsal_of_a_goal_gives_a_model_that_a_later_stage_can_be_tried_on(plain, digits_task):
-    rehearsed = MagnitudePruning(parameters=30_000, round_to=8).rehearse(plain, plain, digits_task)
-    assert [edit.path for edit in rehearsed.edits] == ["conv1", "bn1", "conv2", "fc1", "fc2"]
-    assert rehearsed.predict(digits_task.example_inputs).shape == (2, 10)
-
-
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 def test_ratio_that_was_reached_is_told(ratio, plain, digits_task, tmp_path):
     reached: list = []
@@ -128,7 +118,7 @@ def test_ratio_that_was_reached_is_told(ratio, plain, digits_task, tmp_path):
     )
     # conv1 keeps its only 16 channels; conv2 and fc1 keep 16 (24 for a quarter: a tie, to the even) and 32 or 48
     left = {0.25: 16 + 32 + 48, 0.5: 16 + 16 + 32}[ratio]
-    assert reached == [("pruning_ratio", ratio, 1 - left / 112)]
+    assert reached == [("pruning_ratio", ratio, pytest.approx(1 - left / 112))]
 
 
 def channels_after_each_step(lines) -> list[int]:

@@ -34,7 +34,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     """Share of the weights that are zero in the end, those that are zero already among them."""
     pattern: Literal["2:4", "4:8"] | None = None
-    """Instead of `sparsity`: so many of each 4 or 8 consecutive input channels keep their weight."""
+    """Instead of `sparsity`: so many of each 4 or 8 consecutive input channels keep their weight. Comes after
+    `magnitude_pruning`, which would break these groups up: their zeros stay, the pattern does not."""
     allocation: Allocation | None = None
     """With `sparsity`, how it is shared out among the layers; `lamp` unless given."""
     schedule: Schedule | None = None
