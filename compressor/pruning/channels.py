@@ -66,9 +66,9 @@ def prunable_groups(
     `paths_matching` takes them; what a protected layer holds is protected too. `log` is told of attention that stays
     whole, and why.
 
-    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen or parametrized, weights
-    are not finite, a parameter that would be cut is shared by two layers, a layer cannot be followed, or nothing can be
-    removed.
+    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen or parametrized,
+    weights are not finite, a parameter that would be cut is shared by two layers, a layer cannot be followed, or
+    nothing can be removed.
     """
     kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
     inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
@@ -133,19 +133,3 @@ def _check_finite(module: nn.Module) -> None:
     if names:
         msg = f"all weights must be finite to be pruned, but {', '.join(names[:5])} are not; check the weights file"
         raise StageError(msg)
-
-
-def _check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    shared = {name: alike for alike in names.values() if len(alike) > 1 for name in alike}
-    for group in groups:
-        for member in group.members:
-            name = f"{member.path}.{member.name}".lstrip(".")
-            if name in shared:
-                msg = (
-                    f"a weight that is cut must belong to one layer, but {' and '.join(shared[name])} are one and the "
-                    f"same; protect: [{group.path}] keeps it whole"
-                )
-                raise StageError(msg)
