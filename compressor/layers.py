@@ -108,6 +108,15 @@ def layer_paths(module: nn.Module) -> tuple[str, ...]:
     return tuple(path for path, _ in module.named_modules(remove_duplicate=False) if path)
 
 
+def shared_parameters(module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """Names of the parameters that several layers have, each with all its names; one layer under two names is one."""
+    names: dict[int, list[str]] = {}
+    for path, layer in module.named_modules():
+        for name, parameter in layer.named_parameters(path, recurse=False):
+            names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(alike) for alike in names.values() if len(alike) > 1 for name in alike}
+
+
 def paths_matching(module: nn.Module, pattern: str) -> tuple[str, ...]:
     """Paths of the layers that `pattern` names, in the order of `named_modules`.
 

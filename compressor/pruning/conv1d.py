@@ -4,6 +4,7 @@ import torch
 
 from compressor.artifact import Edit, TorchModel, apply_edits, is_conv1d
 from compressor.errors import StageError
+from compressor.layers import shared_parameters
 
 
 def with_linears(model: TorchModel) -> TorchModel:
@@ -34,11 +35,8 @@ def with_linears(model: TorchModel) -> TorchModel:
 
 
 def _check_not_shared(model: TorchModel, paths: list[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    shared = shared_parameters(model.module)
     for path in paths:
-        names = owners[id(model.module.get_parameter(f"{path}.weight"))]
-        if len(names) > 1:
+        if names := shared.get(f"{path}.weight"):
             msg = f"a Conv1D must have a weight of its own to become nn.Linear, but {' and '.join(names)} share one"
             raise StageError(msg)

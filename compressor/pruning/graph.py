@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from compressor.errors import StageError
-from compressor.pruning.groups import Group, Member, Size, check_cut, run, without
+from compressor.pruning.groups import Group, Member, Size, check_cut, check_unshared, run, without
 from compressor.task import Inputs
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
     graph = _graph(module, example_inputs)
     paths = {layer: path for path, layer in module.named_modules(remove_duplicate=False)}
     shape = run(module, example_inputs).shape
-    shared = _shared(module)
     groups: dict[str, Group] = {}
     faults = {}
     for coupled in _coupled(graph):
@@ -63,7 +62,7 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
             continue
         try:
             for group in _groups(graph, coupled, root, paths):
-                _check_unshared(group, shared)
+                check_unshared(module, [group])
                 if group.units > 1 and _is_proven(module, group, example_inputs, shape):
                     # the first layer is the one a reader looks for; two groups may share layers behind a concatenation
                     own = makers & {member.path for member in group.members}
@@ -81,23 +80,6 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
         )
         raise StageError(msg + f"protect: [{', '.join(faults)}]")
     return tuple(groups[path] for path in paths.values() if path in groups)
-
-
-def _shared(module: nn.Module) -> Mapping[str, str]:
-    """Names of parameters that several layers have, each with all its names."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for path, layer in module.named_modules():
-        for name, parameter in layer.named_parameters(path, recurse=False):
-            names[id(parameter)].append(name)
-    return {name: " and ".join(alike) for alike in names.values() if len(alike) > 1 for name in alike}
-
-
-def _check_unshared(group: Group, shared: Mapping[str, str]) -> None:
-    for member in group.members:
-        name = f"{member.path}.{member.name}".lstrip(".")
-        if name in shared:
-            msg = f"a weight that is cut must belong to one layer, but {shared[name]} are one and the same"
-            raise StageError(msg)
 
 
 def _is_proven(module: nn.Module, group: Group, example_inputs: Inputs, shape: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
+from compressor.layers import shared_parameters
 from compressor.task import Inputs
 
 Units: TypeAlias = Sequence[int]
@@ -128,6 +129,16 @@ def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *
             "their size: something uses these channels in a way that cannot be followed"
         )
         raise StageError(msg)
+
+
+def check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
+    """Raise StageError if a parameter that `groups` cut belongs to several layers."""
+    shared = shared_parameters(module)
+    for member in (member for group in groups for member in group.members):
+        names = shared.get(f"{member.path}.{member.name}".lstrip("."))
+        if names:
+            msg = f"a weight that is cut must belong to one layer, but {' and '.join(names)} are one and the same"
+            raise StageError(msg)
 
 
 def run(module: nn.Module, example_inputs: Inputs) -> Tensor:

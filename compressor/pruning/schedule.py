@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.errors import StageError
 
-Shape: TypeAlias = Literal["one_shot", "linear", "cubic"]
+Shape: TypeAlias = Literal["linear", "cubic"]
 
 
 class Schedule(BaseModel):
@@ -16,7 +16,7 @@ class Schedule(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    shape: Literal["linear", "cubic"] = "cubic"
+    shape: Shape = "cubic"
     """`cubic` takes much at first, while little is lost, and little at the end (Zhu and Gupta 2017)."""
     steps: int = Field(ge=2)
     """At most about a quarter of the epochs of recovery: most of them are needed after the last step."""
@@ -26,10 +26,10 @@ def ramp(final: float, steps: int, shape: Shape, *, start: float = 0.0) -> tuple
     """What is reached after each of `steps` steps from `start`, the last of them `final`.
 
     `cubic` is final + (start - final) * (1 - t)^3 with t from 1/steps to 1 (Zhu and Gupta 2017, arXiv 1710.01878).
-    Raises StageError for no step, or for more than one with `one_shot`.
+    Raises StageError for no step.
     """
-    if steps < 1 or (shape == "one_shot" and steps > 1):
-        msg = f"steps must be at least 1, and 1 with one_shot, got {steps} with {shape}"
+    if steps < 1:
+        msg = f"steps must be at least 1, got {steps}"
         raise StageError(msg)
     power = 3 if shape == "cubic" else 1
     before = (final + (start - final) * (1 - step / steps) ** power for step in range(1, steps))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
-from compressor.pruning.groups import Group, Member, Size, Units, check_equal, run, silenced, without
+from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silenced, without
 from compressor.pruning.guesses import (
     Guess,
     attention_windows,
@@ -81,7 +81,7 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     # innermost first: a window across two layers only looks like one if neither layer has explained its own
     guesses = [*sorted(heads, key=depth), *sorted(hidden, key=depth)]
     groups = _proven(module, [guess for guess in guesses if not is_protected(guess, protect)], example_inputs)
-    _check_not_shared(module, groups)
+    check_unshared(module, groups)
     groups.sort(key=lambda group: list(calls).index(group.path))
     plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
     check_equal(without(module, groups, plan), silenced(module, groups, plan), example_inputs)
@@ -326,16 +326,3 @@ def _headed_modules(module: nn.Module, groups: Sequence[Group], protect: Sequenc
     ]
     inner = [path for path in headed if not any(other.startswith(f"{path}.") for other in headed)]
     return dict.fromkeys(inner, _UNFOLLOWED)
-
-
-def _check_not_shared(module: nn.Module, groups: Sequence[Group]) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, layer in module.named_modules():
-        for name, parameter in layer.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    for member in (member for group in groups for member in group.members):
-        tensor = getattr(module.get_submodule(member.path), member.name)
-        names = owners.get(id(tensor), [])
-        if len(names) > 1:
-            msg = f"a weight must belong to one layer to be cut, but {' and '.join(names)} share theirs; `protect` both"
-            raise StageError(msg)

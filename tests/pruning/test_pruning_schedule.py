@@ -15,10 +15,10 @@ def test_the_linear_ramp_takes_equal_steps():
     assert ramp(0.8, 4, "linear") == pytest.approx((0.2, 0.4, 0.6, 0.8))
 
 
-def test_one_shot_is_one_step():
-    assert ramp(0.9, 1, "one_shot") == (0.9,)
-    with pytest.raises(StageError, match="1 with one_shot, got 2"):
-        ramp(0.9, 2, "one_shot")
+def test_one_step_goes_all_the_way():
+    assert ramp(0.9, 1, "cubic") == (0.9,)
+    with pytest.raises(StageError, match="steps must be at least 1, got 0"):
+        ramp(0.9, 0, "cubic")
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.sampled_from(["linear", "cubic"]))

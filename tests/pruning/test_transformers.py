@@ -289,7 +289,7 @@ def test_hidden_units_that_a_softmax_mixes_are_no_group(digits_task):
 def test_weight_shared_by_two_layers_is_refused(digits_task):
     module = block_of(attention="fused")
     module.blocks[1].mlp[0].weight = module.blocks[0].mlp[0].weight
-    with pytest.raises(StageError, match=r"blocks\.0\.mlp\.0\.weight and blocks\.1\.mlp\.0\.weight share theirs"):
+    with pytest.raises(StageError, match=r"blocks\.0\.mlp\.0\.weight and blocks\.1\.mlp\.0\.weight are one"):
         transformer_groups(module, digits_task.example_inputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.artifact import TorchModel
 from compressor.errors import StageError
-from compressor.layers import paths_matching
+from compressor.layers import paths_matching, shared_parameters
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.zeros import Allocation, pattern_mask, zero_masks
@@ -149,12 +149,10 @@ def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tupl
     parameters = dict(module.named_parameters(remove_duplicate=False))
     _refuse("be parameters", "computed from others", [name for name in found if name not in parameters])
     weights = {name: parameters[name] for name in found}
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
+    shared = shared_parameters(module)
     _refuse("have requires_grad", "frozen", [name for name, weight in weights.items() if not weight.requires_grad])
-    shared = [" = ".join(names[id(weight)]) for weight in weights.values() if len(names[id(weight)]) > 1]
-    _refuse("belong to one module", "shared", list(dict.fromkeys(shared)))
+    several = dict.fromkeys(" = ".join(shared[name]) for name in weights if name in shared)
+    _refuse("belong to one module", "shared", list(several))
     _refuse("be finite", "not", [name for name, weight in weights.items() if not weight.isfinite().all()])
     _refuse("take part in the outputs", "unused", _unused(module, weights, example_inputs))
     return found
