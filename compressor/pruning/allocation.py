@@ -125,8 +125,8 @@ def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, ste
 def _slices(group: Group, scores: Scores, order: int, step: int) -> Sequence[_Slice]:
     ascending = _ascending(scores, group)
     least = max(step, math.ceil(group.units * _LEAST_KEPT / step) * step)
-    first = group.units % step or step  # what is above a multiple leaves first
-    starts = [0, *range(first, group.units, step)]
+    excess = group.units % step or step  # what is above a multiple leaves first
+    starts = [0, *range(excess, group.units, step)]
     found: list[_Slice] = []
     for start, stop in zip(starts, [*starts[1:], group.units], strict=True):
         if group.units - stop < least:

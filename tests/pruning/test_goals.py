@@ -215,15 +215,6 @@ def test_a_latency_ratio_is_reached_under_onnx_runtime(digits_task, tmp_path):
     (_, latency), _ = time_models(paths, inputs=[digits_task.example_inputs[0][:1].numpy()], max_seconds=2)
     # one step of 16 of 96 channels is 1.3 times; other processes on a shared machine move a ratio by some percent
     assert 1.5 * 0.9 <= latency.ratio <= 1.5 * 1.6
-    ratios = sorted(
-        (float(share), float(achieved))
-        for line in found.log
-        for achieved, share in [
-            (line.partition(" asked, ")[2].split()[0], line.partition("with ")[2].partition("%")[0])
-        ]
-    )
-    achieved_by_share = [achieved for _, achieved in ratios]
-    assert achieved_by_share == sorted(achieved_by_share)  # the more leaves, the faster
 
 
 def test_a_latency_ratio_out_of_reach_is_refused_with_the_best_reachable(digits_task):
