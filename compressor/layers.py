@@ -1,6 +1,6 @@
 """The layers of a module, named by path: what they give in a dry run, and their outputs while the module runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -124,17 +124,29 @@ def paths_matching(module: nn.Module, pattern: str) -> tuple[str, ...]:
     stands for any number of names, and at the end for at least one. Raises InputError if there is no such layer, or if
     `**` does not stand alone.
     """
-    paths = layer_paths(module)
+    found = matching(layer_paths(module), pattern)
+    if not found:
+        raise InputError(_no_layer(pattern, module))
+    return found
+
+
+def matching(paths: Sequence[str], pattern: str) -> tuple[str, ...]:
+    """Those of `paths` that `pattern` names, as in `paths_matching`; it may be none.
+
+    Raises InputError if `**` does not stand alone.
+    """
     if pattern in paths:
         return (pattern,)
     names = pattern.split(".")
     if any("**" in name and name != "**" for name in names):
         msg = f"`**` must stand alone between two dots, as in 'encoder.**.norm', got {pattern!r}"
         raise InputError(msg)
-    found = tuple(path for path in paths if _matches(path.split("."), names))
-    if not found:
-        raise InputError(_no_layer(pattern, module))
-    return found
+    return tuple(path for path in paths if _matches(path.split("."), names))
+
+
+def is_within(path: str, parents: Iterable[str]) -> bool:
+    """Whether the layer at `path` is one of `parents` or lies below one; the empty path is the whole module."""
+    return any(not parent or f"{path}.".startswith(f"{parent}.") for parent in parents)
 
 
 def paired_paths(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

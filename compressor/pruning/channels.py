@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
-from compressor.layers import paths_matching
+from compressor.layers import is_within, paths_matching
 from compressor.pruning.allocation import Counts
 from compressor.pruning.graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_cut, without
@@ -71,7 +71,7 @@ def prunable_groups(
     nothing can be removed.
     """
     kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
-    inside = tuple(path for path, _ in module.named_modules() if any(f"{path}.".startswith(f"{top}.") for top in kept))
+    inside = tuple(path for path, _ in module.named_modules() if is_within(path, kept))
     _check_free(module)
     _check_plain(module)
     _check_finite(module)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from compressor.layers import is_within
 from compressor.pruning.groups import run
 from compressor.task import Inputs
 
@@ -158,4 +159,4 @@ def relative(guess: Guess) -> Guess:
 
 def is_protected(guess: Guess, protect: Sequence[str]) -> bool:
     """Whether a layer of `guess` lies at or below a path in `protect`."""
-    return any(f"{layer}.".startswith(f"{path}.") for layer in guess.layers for path in protect)
+    return any(is_within(layer, protect) for layer in guess.layers)

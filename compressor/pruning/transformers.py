@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
+from compressor.layers import is_within
 from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silenced, without
 from compressor.pruning.guesses import (
     Guess,
@@ -320,8 +321,8 @@ def _headed_modules(module: nn.Module, groups: Sequence[Group], protect: Sequenc
         path
         for path, layer in own_modules(module, "")
         if any(type(value) is int and _is_named(name, value, 0, heads=True) for name, value in vars(layer).items())
-        and not any(f"{path}.".startswith(f"{known}.") for known in protect)
-        and not any(f"{known}.".startswith(f"{path}." if path else "") for known in (*found, *protect))
+        and not is_within(path, protect)
+        and not any(is_within(known, [path]) for known in (*found, *protect))
         and sum(isinstance(below, nn.Linear) for below in layer.modules()) > 1
     ]
     inner = [path for path in headed if not any(other.startswith(f"{path}.") for other in headed)]

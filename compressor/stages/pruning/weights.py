@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.artifact import TorchModel
 from compressor.errors import StageError
-from compressor.layers import paths_matching, shared_parameters
+from compressor.layers import is_within, paths_matching, shared_parameters
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.zeros import Allocation, pattern_mask, zero_masks
@@ -140,7 +140,7 @@ def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tupl
     protected = {path for pattern in protect for path in paths_matching(module, pattern)}
     found: dict[str, int] = {}
     for path, layer in module.named_modules():
-        if not any(path == one or path.startswith(f"{one}.") for one in protected):
+        if not is_within(path, protected):
             prefix = f"{path}." if path else ""
             found |= {f"{prefix}{name}": dimension for name, dimension in _matrices(layer).items()}
     if not found:
