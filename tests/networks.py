@@ -208,3 +208,17 @@ class ManyClassesNetwork(nn.Module):
 
 def not_a_module() -> str:
     return "a model"
+
+
+class WideNetwork(nn.Module):
+    """Three convolutions of 96 channels, which take nearly all of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 96, 3, padding=1)
+        self.conv2 = nn.Conv2d(96, 96, 3, padding=1)
+        self.conv3 = nn.Conv2d(96, 96, 3, padding=1)
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x):
+        return self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu().mean((2, 3)))

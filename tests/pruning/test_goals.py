@@ -17,7 +17,7 @@ from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.criteria import scores
 from compressor.pruning.goals import Goal, Reached, measure_of, reach
 from compressor.pruning.groups import Plan
-from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
+from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, WideNetwork
 
 
 @dataclass(frozen=True)
@@ -187,20 +187,6 @@ def test_a_goal_that_the_uncut_model_meets_is_refused(digits_task):
 def test_a_cut_that_rounding_makes_empty_is_refused(digits_task):
     with pytest.raises(StageError, match="pruning must remove a channel"):
         search(Goal("parameters", 20_000), PlainNetwork().eval(), digits_task, round_to=128)
-
-
-class WideNetwork(nn.Module):
-    """Three convolutions of 96 channels, which take nearly all of the time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 96, 3, padding=1)
-        self.conv2 = nn.Conv2d(96, 96, 3, padding=1)
-        self.conv3 = nn.Conv2d(96, 96, 3, padding=1)
-        self.head = nn.Linear(96, 10)
-
-    def forward(self, x):
-        return self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu().mean((2, 3)))
 
 
 def test_a_latency_ratio_is_reached_under_onnx_runtime(digits_task, tmp_path):

@@ -16,6 +16,7 @@ from compressor.stages.pruning.stage import MagnitudePruning
 from compressor.stages.training import Training
 from compressor.task import evaluate
 from compressor.testing import check_stage
+from networks import WideNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")
 
@@ -47,7 +48,7 @@ def test_recovery_distils_from_the_baseline_and_regains_accuracy(digits_task, tm
     assert accuracies[0] > 0.95
     assert accuracies[1] < accuracies[2] - 0.05
     assert accuracies[2] > 0.9
-    assert any("removed 56 of 112 channels (50%) in 3 groups" in line for line in lines)
+    assert any("removed 56 of 112 channels (50%) in groups: 3" in line for line in lines)
     assert any("kd" in line for line in lines)
 
 
@@ -101,6 +102,18 @@ def test_goal_is_reached_and_told(quantity, plain, digits_task, tmp_path):
         found = stage.apply(plain, digits_task, context(plain, tmp_path, reached=reached))
         assert reached == [(quantity, asked, measured(found.module))]
     assert 0.4 * asked <= reached[0][2] <= asked  # 16 of 32 channels are half of the weights
+
+
+def test_latency_goal_is_reached_and_told(digits_task, tmp_path):
+    torch.manual_seed(0)
+    wide = TorchModel(WideNetwork().eval(), Reference(factory="networks:WideNetwork"))
+    reached: list = []
+    stage = MagnitudePruning.model_validate({"latency_ratio": 1.5, "round_to": 16})
+    found = stage.apply(wide, digits_task, context(wide, tmp_path, reached=reached))
+    ((name, asked, achieved),) = reached
+    assert (name, asked) == ("latency_ratio", 1.5)
+    assert achieved >= 1.5
+    assert found.module.conv2.in_channels < 96
 
 
 @pytest.mark.parametrize("quantity", ["parameters", "macs", "size_bytes"])
