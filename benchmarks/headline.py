@@ -42,7 +42,7 @@ def provenance(report: Report, file: Path) -> str:
     """The command, machine and versions of a report."""
     facts = report.environment
     overrides = "".join(f" --set {override}" for override in report.overrides)
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "torchao", "onnxruntime"))
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime"))
     minutes = sum(row.seconds for row in report.rows) / 60
     return (
         f"<sub>`python benchmarks/headline.py pipelines/{report.pipeline}.yaml{overrides}`, "

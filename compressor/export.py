@@ -19,14 +19,15 @@ from torch.fx import GraphModule, Node
 
 from compressor.artifact import OnnxModel
 from compressor.errors import StageError
+from compressor.onnx_operators import translations
 from compressor.onnx_writing import INLINE_BYTES, compact, with_metadata, write
-from compressor.parity import FLOAT_TOLERANCE, INT8_TOLERANCE, check_parity
-from compressor.qdq import is_int8, simplify_qdq
+from compressor.parity import FLOAT_TOLERANCE, check_parity
+from compressor.qdq import simplify_qdq
 from compressor.task import Inputs, Task
 
 OPSET = 20
 
-_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
+_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree")
 
 _aten = torch.ops.aten
 _AVERAGE_POOLS = {1: _aten.avg_pool1d.default, 2: _aten.avg_pool2d.default}
@@ -47,17 +48,33 @@ def to_onnx(
     beside `path`. Raises StageError if torch cannot trace or translate the module, or if ONNX Runtime's outputs differ
     from PyTorch's.
     """
-    graph = compact(simplify_qdq(_translate(capture(module, task), task)))
-    write(with_metadata(graph, {**task_metadata(task), **(metadata or {})}), path, inline_bytes=inline_bytes)
+    model = to_unchecked_onnx(module, task, path, metadata=metadata, inline_bytes=inline_bytes)
 
     def outputs(inputs: Inputs) -> Tensor:
         with torch.no_grad():
             result: Tensor = module(*inputs)
         return result
 
-    model = OnnxModel(path)
-    check_parity(model, outputs, task.validation, tolerance=INT8_TOLERANCE if is_int8(graph) else FLOAT_TOLERANCE)
+    check_parity(model, outputs, task.validation, tolerance=FLOAT_TOLERANCE)
     return model
+
+
+def to_unchecked_onnx(
+    module: nn.Module,
+    task: Task,
+    path: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    inline_bytes: int = INLINE_BYTES,
+) -> OnnxModel:
+    """Write `module` as `to_onnx` does, for a caller that compares outputs by a rule of its own.
+
+    A module may give several tensors, of which the first is called `output`. Raises StageError if torch cannot trace or
+    translate it.
+    """
+    graph = compact(simplify_qdq(translate(capture(module, task), task)))
+    write(with_metadata(graph, {**task_metadata(task), **(metadata or {})}), path, inline_bytes=inline_bytes)
+    return OnnxModel(path)
 
 
 def task_metadata(task: Task) -> dict[str, str]:
@@ -126,8 +143,11 @@ def _is_global_pool(node: Node) -> bool:
     return rank in {3, 4} and not node.kwargs and {axis % rank for axis in sizes_or_axes or ()} == set(range(2, rank))
 
 
-def _translate(program: ExportedProgram, task: Task) -> ModelProto:
-    """Return the program in ONNX, its open axes named as the task names them."""
+def translate(program: ExportedProgram, task: Task) -> ModelProto:
+    """Return the program in ONNX, its open axes named as the task names them.
+
+    Raises StageError if torch cannot translate it.
+    """
     inputs = program.graph_signature.user_inputs
     try:
         with quiet_torch():
@@ -138,6 +158,7 @@ def _translate(program: ExportedProgram, task: Task) -> ModelProto:
                 input_names=["input"] if len(inputs) == 1 else [str(name) for name in inputs],
                 output_names=["output"],
                 external_data=False,
+                custom_translation_table=dict(translations()),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -205,7 +226,7 @@ def _advice(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Keep back what torch and torchao say of themselves: no torchvision, no GPU kernels, their own deprecations."""
+    """Keep back what torch says of itself: no torchvision, its own deprecations."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

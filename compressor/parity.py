@@ -14,8 +14,6 @@ SAMPLES = 64
 
 FLOAT_TOLERANCE = 1e-4
 """Largest `relative_error` of a float model: sums in another order make about 1e-6, a wrong operator 1e-2 and more."""
-INT8_TOLERANCE = 0.1
-"""Largest `relative_error` of an int8 model: activations rounded to the neighbouring step make about 0.02."""
 SAME_GRAPH_TOLERANCE = 1e-6
 """Largest `relative_error` between two files of one graph, which may differ in what they say of it."""
 

@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-_MOVES = {"Concat", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = {
+    "Concat",
+    "DepthToSpace",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "ReduceMax",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+}
 """Operators that only move values, so that they take int8 as well; `_is_move` knows some with conditions."""
 
 
@@ -16,27 +29,25 @@ def simplify_qdq(model: ModelProto) -> ModelProto:
     """Return a graph with fewer nodes and the same outputs, bit for bit; a graph without int8 as it is.
 
     A Q that undoes the DQ before it is gone, and so is a ReLU or clip to bounds at which the Q after it saturates.
-    DQ -> move -> Q with one scale becomes the move alone, on int8. A graph with control flow stays as it is too: its
-    bodies read tensors that no node of the graph shows.
+    DQ -> move -> Q with one scale becomes the move alone, on int8. A DQ of constants without a zero
+    point becomes a product, which ONNX Runtime computes once; it would run the DQ at every call, or let it pull the
+    reader into int8. A graph with control flow stays as it is too: its bodies read tensors that no node of the graph
+    shows.
     """
     nested = any(
         attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute
     )
-    if nested or not is_int8(model):
+    if nested or not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         return model
     simpler = ModelProto()
     simpler.CopyFrom(model)
-    for simplify in (_drop_round_trip, _drop_clip, _move_on_int8):
+    for simplify in (_read_shape_of_codes, _drop_round_trip, _drop_clip, _move_on_int8):
         edges = _edges(simpler.graph)
         for node in simpler.graph.node:
             simplify(node, edges)
         _remove_unused(simpler.graph)
+    _multiply_stored_weights(simpler.graph)
     return simpler
-
-
-def is_int8(model: ModelProto) -> bool:
-    """Whether some activation of the model is quantized."""
-    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
 class _Parameters(NamedTuple):
@@ -63,7 +74,7 @@ class _Edges:
 
     def scale_and_zero_point(self, node: NodeProto) -> _Parameters | None:
         """Return those of a Q or DQ that has one pair for the whole tensor."""
-        scale, zero_point = (self.scalars.get(name) for name in node.input[1:3])
+        scale, zero_point = (self.scalars.get(name) for name in (*node.input, "")[1:3])
         if scale is None or zero_point is None:
             return None
         return _Parameters(float(scale), int(zero_point), zero_point.dtype)
@@ -90,6 +101,13 @@ def _edges(graph: GraphProto) -> _Edges:
         scalars={tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if not tensor.dims},
         fixed=frozenset(value.name for value in graph.output),
     )
+
+
+def _read_shape_of_codes(node: NodeProto, edges: _Edges) -> None:
+    """Let a Shape read the codes of what it would read dequantized."""
+    writer = edges.writers.get(node.input[0]) if node.op_type == "Shape" else None
+    if writer is not None and writer.op_type == "DequantizeLinear":
+        node.input[0] = writer.input[0]
 
 
 def _drop_round_trip(node: NodeProto, edges: _Edges) -> None:
@@ -142,10 +160,32 @@ def _move_on_int8(node: NodeProto, edges: _Edges) -> None:
     if quantizer is None or dequantizers is None:
         return
     node.input[:moved] = [dequantizer.input[0] for dequantizer in dequantizers]
-    if node.op_type == "Pad":
+    if node.op_type == "Pad" and all(attribute.s == b"constant" for attribute in node.attribute):
         node.input[2:3] = [quantizer.input[2]]  # the code of 0.0
     node.output[0], quantizer.output[0] = quantizer.output[0], node.output[0]
     quantizer.ClearField("input")
+
+
+def _multiply_stored_weights(graph: GraphProto) -> None:
+    """Write each DQ of constants without a zero point as a cast and a product, in place."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) > 2 or not set(node.input) <= tensors.keys():
+            nodes.append(node)
+            continue
+        codes, scale = node.input
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        sizes = [-1 if dimension == axis else 1 for dimension in range(len(tensors[codes].dims))]
+        factors = numpy_helper.to_array(tensors[scale]).reshape(sizes)
+        graph.initializer.append(numpy_helper.from_array(factors, f"{node.output[0]}_factors"))
+        nodes += [
+            helper.make_node("Cast", [codes], [f"{node.output[0]}_codes"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{node.output[0]}_codes", f"{node.output[0]}_factors"], node.output),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _remove_unused(graph)
 
 
 def _is_move(node: NodeProto, edges: _Edges) -> bool:
@@ -157,7 +197,7 @@ def _is_move(node: NodeProto, edges: _Edges) -> bool:
         case "Pad":
             fill = (*node.input[2:3], "")[0]
             is_zero = not fill or (fill in edges.scalars and float(edges.scalars[fill]) == 0.0)
-            return is_zero and bool(attributes.get("mode", b"constant") == b"constant")
+            return is_zero or bool(attributes.get("mode", b"constant") != b"constant")
         case "Resize":
             return bool(attributes.get("mode", b"nearest") == b"nearest")
     return node.op_type in _MOVES

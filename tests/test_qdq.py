@@ -70,7 +70,7 @@ CONSTANTS = """
         ),
         pytest.param(
             'q = Q(x, s, z) d = DQ(q, s, z) m = Pad <mode="reflect"> (d, around) p = Q(m, s, z) y = DQ(p, s, z)',
-            "Q DQ Pad Q DQ",
+            "Q Pad DQ",
             id="reflected pad",
         ),
         pytest.param(

@@ -10,7 +10,6 @@ from typing import Any
 _PACKAGES = (
     "compressor",
     "torch",
-    "torchao",
     "torch-pruning",
     "onnx",
     "onnxscript",

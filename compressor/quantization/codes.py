@@ -1,0 +1,81 @@
+"""From ranges of numbers to scales, zero points and codes; no graph, no model."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CODES = 255
+"""Largest uint8 code."""
+STORED_LIMIT = 127
+"""Largest int8 code of a weight that is only stored."""
+
+
+class Range(NamedTuple):
+    """Smallest and largest value that an activation must hold; others are clipped."""
+
+    low: float
+    high: float
+
+
+class Affine(NamedTuple):
+    """What turns codes into numbers: (code - zero_point) * scale."""
+
+    scale: float
+    zero_point: int
+
+
+class WeightCodes(NamedTuple):
+    """A weight as integers: int8 codes in its own shape, and a scale per index along `channel_axis`, (C,)."""
+
+    codes: Tensor
+    scale: Tensor
+    channel_axis: int
+
+    def numbers(self) -> Tensor:
+        """Return the weight that the codes stand for, float32."""
+        return self.codes.float() * along(self.scale, self.codes.ndim, self.channel_axis)
+
+
+def affine(found: Range) -> Affine:
+    """Return scale and zero point of a uint8 tensor with this range, widened so that zero has a code.
+
+    The ends are moved inwards by a hair, so that they fall on the first and last code in whatever way divisions are
+    rounded: -1 / (2 / 255) may round to a code that is not the first, and a clip to (-1, 1) would have to stay float.
+    """
+    low, high = min(found.low, 0.0) * (1 - 1e-6), max(found.high, 0.0) * (1 - 1e-6)
+    scale = float(torch.tensor((high - low) / CODES, dtype=torch.float32))
+    if not scale:
+        return Affine(1.0, 0)
+    return Affine(scale, min(CODES, max(0, round(-low / scale))))
+
+
+def weight_scale(
+    weight: Tensor, channel_axis: int, limit: int, *, bias: Tensor | None = None, input_scale: float = 1.0
+) -> Tensor:
+    """Return the scales, (C,), with which the largest weight of each output channel is `limit`.
+
+    `bias` / (`input_scale` * scale) must fit into int32, so a channel of tiny weights with a bias gets a larger scale.
+    """
+    largest = weight.detach().abs().amax([axis for axis in range(weight.ndim) if axis != channel_axis])
+    scale = largest / limit
+    if bias is not None:
+        scale = torch.maximum(scale, bias.detach().abs() / (input_scale * 2.0**30))
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def weight_codes(weight: Tensor, scale: Tensor, channel_axis: int, limit: int) -> WeightCodes:
+    """Round a weight to the nearest codes in [-`limit`, `limit`]."""
+    rounded = torch.round(weight.detach() / along(scale, weight.ndim, channel_axis))
+    return WeightCodes(rounded.clamp(-limit, limit).to(torch.int8), scale, channel_axis)
+
+
+def along(values: Tensor, dimensions: int, axis: int) -> Tensor:
+    """Shape (C,) so that it stretches over a tensor of so many dimensions along `axis`."""
+    return values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)])
+
+
+def is_finite(found: Range) -> bool:
+    """Whether both ends are numbers."""
+    return math.isfinite(found.low) and math.isfinite(found.high)

@@ -1,0 +1,178 @@
+"""A planned graph with its codes: what the ONNX file will hold, and what runs in PyTorch for comparison."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from compressor.onnx_operators import DEQUANTIZE, QUANTIZE, STORED
+from compressor.quantization.codes import (
+    CODES,
+    STORED_LIMIT,
+    Affine,
+    Range,
+    WeightCodes,
+    affine,
+    weight_codes,
+    weight_scale,
+)
+from compressor.quantization.graph import add_tensor, aten, copied, parameter
+from compressor.quantization.plan import Plan, Unit
+
+Wrap: TypeAlias = Callable[[GraphModule, Node], Node]
+"""Given a tensor's node, writes and returns the node that is read in its place."""
+
+
+def affine_of(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
+    """Scale and zero point by name of each tensor of `plan`, from the ranges of those that have one of their own."""
+    own = {name: affine(ranges[name]) for name in plan.ranged}
+    return {
+        name: Affine(own[activation.like].scale * activation.factor, own[activation.like].zero_point)
+        for name, activation in plan.activations.items()
+    }
+
+
+def rounded_weights(
+    graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], limit: int
+) -> dict[str, WeightCodes]:
+    """Codes of the weights by name of their unit's node, each weight rounded to the nearest.
+
+    `limit` is the largest code of those that an int8 kernel multiplies with; the others take all eight bits.
+    """
+    nodes = {node.name: node for node in graph.graph.nodes}
+    found = {}
+    for unit in plan.units:
+        if unit.weight is not None:
+            weight, axis = parameter(graph, nodes[unit.weight.node]), unit.weight.channel_axis
+            bias = parameter(graph, nodes[unit.weight.bias]) if unit.weight.bias else None
+            input_scale = affines[unit.inputs[0]].scale if unit.inputs else 1.0
+            largest = weight_limit(plan, unit, limit)
+            scale = weight_scale(weight, axis, largest, bias=bias, input_scale=input_scale)
+            found[unit.node] = weight_codes(weight, scale, axis, largest)
+    return found
+
+
+def weight_limit(plan: Plan, unit: Unit, limit: int) -> int:
+    """Largest code of a unit's weight: `limit` if some int8 kernel multiplies with it, else that of int8."""
+    readers = (other for other in plan.units if other.weight and unit.weight and other.weight.node == unit.weight.node)
+    return limit if any(other.inputs for other in readers) else STORED_LIMIT
+
+
+def converted(
+    graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], weights: Mapping[str, WeightCodes]
+) -> GraphModule:
+    """Return the graph with codes: each tensor of `plan` is quantized and dequantized, each weight stored as int8.
+
+    `weights` are by name of a unit's node. ONNX Runtime runs each unit between its dequantized inputs and its quantized
+    output as one kernel.
+    """
+
+    def activation(result: GraphModule, node: Node) -> Node:
+        scale, zero_point = affines[node.name]
+        tensors = _parameters(result, node.name, scale, zero_point)
+        codes = result.graph.call_function(QUANTIZE, (node, *tensors, 0))
+        return result.graph.call_function(DEQUANTIZE, (codes, *tensors, 0))
+
+    def weight(result: GraphModule, node: Node, unit: Unit) -> Node:
+        codes, scale, axis = weights[unit.node]
+        nodes = [add_tensor(result, f"{node.name}_codes", codes), add_tensor(result, f"{node.name}_scale", scale)]
+        if not unit.inputs:
+            return result.graph.call_function(STORED, (*nodes, axis))
+        zero_point = torch.zeros(len(scale), dtype=torch.int8)
+        nodes.append(add_tensor(result, f"{node.name}_zero_point", zero_point))
+        return result.graph.call_function(DEQUANTIZE, (*nodes, axis))
+
+    result = wrapped(graph, plan, activation, weight)
+    nodes = {node.name: node for node in result.graph.nodes}
+    for unit in plan.units:
+        node = nodes[unit.node]
+        with result.graph.inserting_before(node):
+            if unit.weight is not None and unit.inputs and unit.weight.bias is not None:
+                scale = affines[unit.inputs[0]].scale * weights[unit.node].scale
+                write = _integer_bias if unit.weight.integer_bias else _rounded_bias
+                bias = write(result, nodes[unit.weight.bias], scale)
+                node.replace_input_with(nodes[unit.weight.bias], bias)
+            elif unit.weight is None and len(node.args) > 1 and isinstance(node.args[1], int | float):
+                _write_number(result, node, unit, affines)
+    result.graph.eliminate_dead_code()
+    result.delete_all_unused_submodules()
+    result.recompile()
+    return result
+
+
+def wrapped(
+    graph: GraphModule, plan: Plan, activation: Wrap, weight: Callable[[GraphModule, Node, Unit], Node]
+) -> GraphModule:
+    """Return the graph in which units read what `activation` and `weight` write, given the tensors they read."""
+    result = copied(graph)
+    nodes = {node.name: node for node in result.graph.nodes}
+    readers: dict[str, set[Node]] = {}
+    for unit in plan.units:
+        for name in unit.inputs:
+            readers.setdefault(name, set()).add(nodes[unit.node])
+    for name, planned in plan.activations.items():
+        node = nodes[name]
+        users = list(node.users) if planned.everywhere else [user for user in node.users if user in readers[name]]
+        with result.graph.inserting_after(_after(node)):
+            # each call is written at the same place, so the last written would come first
+            anchor = result.graph.call_function(aten.alias.default, (node,))
+        with result.graph.inserting_before(anchor):
+            instead = activation(result, node)
+        result.graph.erase_node(anchor)
+        instead.meta["val"] = node.meta["val"]
+        for user in users:
+            user.replace_input_with(node, instead)
+    for unit in plan.units:
+        if unit.weight is not None:
+            reader, tensor = nodes[unit.node], nodes[unit.weight.node]
+            with result.graph.inserting_before(reader):
+                reader.replace_input_with(tensor, weight(result, tensor, unit))
+    result.recompile()
+    return result
+
+
+def _after(node: Node) -> Node:
+    """Return the last input of the graph if `node` is one, as inputs come before all else."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def _parameters(result: GraphModule, name: str, scale: float, zero_point: int) -> tuple[Node, Node]:
+    return (
+        add_tensor(result, f"{name}_scale", torch.tensor(scale)),
+        add_tensor(result, f"{name}_zero_point", torch.tensor(zero_point, dtype=torch.uint8)),
+    )
+
+
+def _integer_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
+    codes = torch.round(parameter(result, bias).detach() / scale).to(torch.int32)
+    tensors = (codes, scale, torch.zeros(len(scale), dtype=torch.int32))
+    names = (f"{bias.name}_codes", f"{bias.name}_scale", f"{bias.name}_zero_point")
+    nodes = [add_tensor(result, name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    return result.graph.call_function(DEQUANTIZE, (*nodes, 0))
+
+
+def _rounded_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
+    """A float bias rounded as ONNX Runtime rounds it, so that PyTorch computes with the same one."""
+    codes = torch.round(parameter(result, bias).detach() / scale)
+    return add_tensor(result, f"{bias.name}_rounded", codes * scale)
+
+
+def _write_number(result: GraphModule, node: Node, unit: Unit, affines: Mapping[str, Affine]) -> None:
+    """Write a sum with a number, or a product, on codes, in place.
+
+    A product has the codes of what it multiplies. Any number has a code that stands for it exactly.
+    """
+    number: Any = node.args[1]
+    if node.target is aten.add.Tensor:
+        zero_point = 0 if number > 0 else CODES
+        tensors = _parameters(result, f"{node.name}_number", abs(number) / CODES, zero_point)
+        codes = add_tensor(result, f"{node.name}_number_codes", torch.tensor(CODES - zero_point, dtype=torch.uint8))
+        node.args = (node.args[0], result.graph.call_function(DEQUANTIZE, (codes, *tensors, 0)))
+    elif unit.output == node.name and node.target in {aten.mul.Tensor, aten.div.Tensor}:
+        dequantized: Any = node.args[0]
+        tensors = _parameters(result, f"{node.name}_scaled", *affines[node.name])
+        node.target, node.args = DEQUANTIZE, (dequantized.args[0], *tensors, 0)
