@@ -1,0 +1,73 @@
+"""Showing samples to a graph: what is kept of them, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from compressor import Samples, StageContext, Task, TorchModel
+from compressor.errors import InputError
+from compressor.plugins import Reference
+from compressor.quantization.calibration import FEW_SAMPLES, calibrate, calibration_samples, observed
+from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.plan import Plan, plan_int8
+from compressor.quantization.ranges import RangeMethod
+from compressor.stages.quantization.ptq import Int8Ptq
+from tests.models import SeparableNetwork
+from tests.networks import PlainNetwork, ResidualNetwork
+
+
+@pytest.fixture(scope="module", params=[ResidualNetwork, SeparableNetwork], ids=lambda network: network.__name__)
+def planned(request: pytest.FixtureRequest, digits_task: Task) -> tuple[GraphModule, Plan]:
+    torch.manual_seed(0)
+    return plan_int8(folded(float_graph(request.param().eval(), digits_task)))
+
+
+def said_by(stage: Int8Ptq, module: nn.Module, task: Task, directory: Path) -> list[str]:
+    said: list[str] = []
+    model = TorchModel(module.eval(), Reference(factory="tests.networks:PlainNetwork"))
+    stage.apply(model, task, StageContext(model, torch.device("cpu"), 0, directory, said.append))
+    return said
+
+
+def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Plan], digits_task: Task) -> None:
+    graph, plan = planned
+    batches = list(observed(graph, plan.ranged, digits_task.calibration, range(256)))
+    values: dict[str, Tensor] = {name: torch.cat([batch[name].flatten() for batch in batches]) for name in plan.ranged}
+    assert calibrate(graph, plan, digits_task.calibration, range(256), "minmax") == {
+        name: (min(float(seen.min()), 0.0), max(float(seen.max()), 0.0)) for name, seen in values.items()
+    }
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_order_of_samples_changes_no_range(
+    planned: tuple[GraphModule, Plan], digits_task: Task, method: RangeMethod
+) -> None:
+    forwards, backwards = (
+        calibrate(*planned, digits_task.calibration, order, method) for order in (range(256), range(255, -1, -1))
+    )
+    for name, (low, high) in forwards.items():
+        # a sample at another place of a batch may be summed up in another order, and leave its bin
+        assert backwards[name] == pytest.approx((low, high), abs=1e-3 * (high - low))
+
+
+def test_samples_to_calibrate_on_are_spread_over_the_split(digits_task: Task) -> None:
+    assert calibration_samples(digits_task.calibration, 4) == [0, 64, 128, 192]
+    assert calibration_samples(digits_task.calibration, 1000) == list(range(256))
+
+
+def test_no_sample_is_refused() -> None:
+    empty = Samples((torch.zeros(0, 1, 8, 8),), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(InputError, match="the calibration split must have samples, got 0"):
+        calibration_samples(empty, 512)
+
+
+def test_few_samples_are_enough_and_said_to_be_few(digits_task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = PlainNetwork()
+    few = said_by(Int8Ptq(calibration_samples=3), network, digits_task, tmp_path)
+    assert few[0] == "calibrated on 3 samples, fewer than 64: ranges may be too small"
+    enough = said_by(Int8Ptq(calibration_samples=FEW_SAMPLES), network, digits_task, tmp_path)
+    assert enough[0] == "calibrated on 64 samples"
