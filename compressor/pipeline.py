@@ -31,7 +31,16 @@ from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Measurement, MetricInfo, Preparation, Reached, Report, Row, Sensitivity
+from compressor.report.records import (
+    Measurement,
+    MetricInfo,
+    Preparation,
+    Quantization,
+    Reached,
+    Report,
+    Row,
+    Sensitivity,
+)
 from compressor.stage import StageContext
 from compressor.store import Entry, Store
 from compressor.task import Task
@@ -154,11 +163,13 @@ def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
         start = time.perf_counter()
         epochs: list[Mapping[str, float]] = []
         reached: dict[str, Reached] = {}
+        quantizations: list[Quantization] = []
 
         def reach(setting: str, asked: float, achieved: float) -> None:
             reached[setting] = Reached(setting=setting, asked=asked, achieved=achieved)
 
-        artifact = _apply(told(_Order(step, *_inputs(before))), run, work_dir, record=epochs.append, reached=reach)
+        order = told(_Order(step, *_inputs(before)))
+        artifact = _apply(order, run, work_dir, record=epochs.append, reached=reach, quantized=quantizations.append)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
         facts: dict[str, Any] = {
@@ -169,6 +180,7 @@ def _compute(step: Step, before: Sequence[_Obtained], run: _Run) -> Entry:
             "seconds": seconds,
             "losses": epochs,
             "reached": [one.model_dump() for one in reached.values()],
+            "quantization": quantizations[-1].model_dump(mode="json") if quantizations else None,
         }
         if step.gives_model:
             facts |= _measured(artifact, draft, [one.entry for one in before], run)
@@ -257,6 +269,7 @@ def _apply(
     *,
     record: Callable[[Mapping[str, float]], None] = lambda _means: None,
     reached: Callable[[str, float, float], None] = lambda _setting, _asked, _achieved: None,
+    quantized: Callable[[Quantization], None] = lambda _found: None,
 ) -> Artifact:
     """Give the step the model that the store holds, so that a resumed run computes from the same bytes."""
     step = order.step
@@ -274,7 +287,7 @@ def _apply(
     def log(line: str) -> None:
         logger.info("%s: %s", step.name, line)
 
-    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record, reached)
+    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record, reached, quantized)
     artifact: Artifact = step.stage.apply(model, run.task, context)
     gathered(None)  # the main process clears its work directory, from which another one may still be reading
     return artifact
@@ -318,6 +331,7 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
             reused=one.reused,
             losses=one.entry.facts.get("losses", ()),
             reached=one.entry.facts.get("reached", ()),
+            quantization=one.entry.facts.get("quantization"),
         )
         for one, file, latency in zip(models, files, latencies, strict=True)
     )

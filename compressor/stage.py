@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compressor.artifact import Artifact, TorchModel
+from compressor.report.records import Quantization
 from compressor.task import Task
 
 In = TypeVar("In", bound=Artifact, contravariant=True)
@@ -23,7 +24,8 @@ class StageContext:
     `reference` is the baseline: the default teacher. `work_dir` is a directory for files that the stage's result
     consists of; nothing else the stage writes there is kept. It is empty, except that a stage that was cut off finds
     again what it left there. `log` takes one line for people. The report shows what `record` is given, the mean of each
-    loss over an epoch, by name, and `reached`: the name of a setting, what was asked, what was achieved.
+    loss over an epoch, by name, `reached`: the name of a setting, what was asked, what was achieved, and `quantized`:
+    what int8 did to the model.
     """
 
     reference: TorchModel
@@ -33,6 +35,7 @@ class StageContext:
     log: Callable[[str], None]
     record: Callable[[Mapping[str, float]], None] = lambda _means: None
     reached: Callable[[str, float, float], None] = lambda _name, _asked, _achieved: None
+    quantized: Callable[[Quantization], None] = lambda _found: None
 
 
 class Stage(BaseModel, ABC, Generic[In, Out]):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.report.figures import printable
+from compressor.report.int8 import described, layer_cells, outcome
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
 from compressor.report.records import Preparation, Report, Row
 from compressor.report.remarks import headline, remarks, timing
@@ -22,6 +23,7 @@ def to_markdown(report: Report) -> str:
         _section("What compression changed", _changes(report)),
         _section("Gate", _bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
         _section("Training", _training(report)),
+        _section("Int8", _int8(report)),
         _section("How it was measured", _method(report)),
         _section("Environment", _bullets(_facts(report.environment))),
         _section("How to reproduce it", _reproduction(report)),
@@ -77,6 +79,20 @@ def _training(report: Report) -> str:
             parts += [escape(f"{row.stage}, {epochs}; losses are means over an epoch, before their weights:")]
             parts += [_table(_loss_cells(row))]
     return "\n\n".join(filter(None, parts))
+
+
+def _int8(report: Report) -> str:
+    """What int8 did to each model and its layers; empty if no stage made one int8."""
+    parts: list[str] = []
+    for row in report.rows:
+        if (found := row.quantization) is None:
+            continue
+        lines = [described(found.deployment), *([outcome(found.fallback, found.deployment)] if found.fallback else [])]
+        parts.append(_bullets([f"{row.stage}: {line}" for line in lines]))
+        if table := layer_cells(found):
+            shown = f"the {len(table) - 1} of {len(found.layers)} layers that make most noise"
+            parts += [escape(f"{row.stage}, {shown}, on {found.layer_samples} validation samples:"), _table(table)]
+    return "\n\n".join(parts)
 
 
 def _readiness(preparation: Preparation) -> str:

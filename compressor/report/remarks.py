@@ -76,7 +76,9 @@ def _slower(before: Row, after: Row, old: str, new: str, session: LatencySession
         return
     surely = before.latency.ratio_low / after.latency.ratio_high
     if surely > _noise(session.noise):
-        yield f"{new} is {times(after.latency.ratio / before.latency.ratio, 'faster', 'slower')} than {old}."
+        automatic = after.settings.get("keep_float", "auto") == "auto"
+        advice = "" if automatic else "; with `keep_float: auto` layers that int8 makes slower compute in float"
+        yield f"{new} is {times(after.latency.ratio / before.latency.ratio, 'faster', 'slower')} than {old}{advice}."
 
 
 def _noise(latency: Latency) -> float:

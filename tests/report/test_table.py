@@ -184,3 +184,11 @@ def test_names_cannot_command_the_terminal():
 
 def test_letters_of_other_scripts_are_printable():
     assert printable("präzision 精度") == "präzision 精度"
+
+
+def test_slower_int8_is_told_how_to_stay_fast():
+    report = chain()
+    rows = [row.model_copy(update={"settings": {**row.settings, "keep_float": []}}) for row in report.rows]
+    said = remarks(report.model_copy(update={"rows": tuple(rows)}))
+    advice = "; with `keep_float: auto` layers that int8 makes slower compute in float."
+    assert f"int8_ptq is 1.29x slower than zeroing{advice}" in said

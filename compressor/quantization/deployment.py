@@ -1,0 +1,223 @@
+"""Whether an int8 file does under ONNX Runtime what its graph does in PyTorch, and what each is worth."""
+
+import math
+import operator
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from compressor.artifact import OnnxModel
+from compressor.errors import StageError
+from compressor.export import to_unchecked_onnx
+from compressor.onnx_operators import QUANTIZE
+from compressor.parity import FLOAT_TOLERANCE
+from compressor.quantization.codes import CODES
+from compressor.quantization.graph import arguments, copied
+from compressor.quantization.int8_model import Int8Model, decibels, predict
+from compressor.report.records import Deployment, MetricInfo
+from compressor.runtime import open_session
+from compressor.task import EVALUATION_BATCH, Inputs, Metric, Task, gather
+
+LEAST_AGREEMENT = 0.995
+"""Share of the samples for which PyTorch and ONNX Runtime must name the same class."""
+_FEW_SAMPLES = 64
+
+
+def deploy(
+    model: Int8Model, reference: Callable[[Inputs], Tensor], task: Task, path: Path, rows: Sequence[int]
+) -> tuple[OnnxModel, Deployment]:
+    """Write an int8 model to `path` and compare it with PyTorch on the samples `rows` of the validation split.
+
+    If the outputs of the two differ by more than one quantum, or name other classes for more than 0.5 % of the samples,
+    each layer is run on equal codes. Raises StageError naming the first that gives others then, or if the model cannot
+    be exported. If none does, a deep model has made much of single codes that fell on an edge, which is no fault.
+    """
+    deployed = to_unchecked_onnx(model.simulated, task, path)
+    found = compare(reference, model.simulated, deployed, task, rows)
+    if found.difference <= found.tolerance and 1 - (found.departures or 0.0) >= LEAST_AGREEMENT:
+        return deployed, found
+    departure = _departure(model, found.tolerance, task, rows)
+    if departure is None:
+        return deployed, found
+    classes = "" if found.departures is None else f" and name another class for {found.departures:.2%} of them"
+    msg = (
+        f"outputs of the int8 model under ONNX Runtime must be those in PyTorch within one quantum, "
+        f"{found.tolerance:.3g} (RMS), and name the same class for {LEAST_AGREEMENT:.1%} of the samples, but on "
+        f"{found.samples} validation samples they differ by {found.difference:.3g}{classes}; the first to depart on "
+        f"equal inputs is {departure}; look in forward for randomness, and give the target that this CPU is"
+    )
+    raise StageError(msg)
+
+
+def compare(
+    reference: Callable[[Inputs], Tensor], simulated: GraphModule, deployed: OnnxModel, task: Task, rows: Sequence[int]
+) -> Deployment:
+    """Run the three on the same samples, in batches of one, two and more.
+
+    The tolerance is one `output_quantum`, root mean square. Kernels add integers exactly and round each activation
+    once, so that they differ from PyTorch's sums only where these fall on the edge between two codes. There a tensor
+    moves by one code; on its way to the output that grows, but stays below a quantum in the mean (0.3 for ResNet-20),
+    while a wrong operator or scale, or an overflow, makes many. Where two logits lie within the tolerance of each
+    other, no class is the right one, and another name is no departure.
+    """
+    metric = task.metrics[0]
+    sums: list[Tensor] = []
+    powers = torch.zeros(3, dtype=torch.float64)
+    elements = classified = same = apart = 0
+    tolerance = output_quantum(simulated, gather(task.validation, rows[:_FEW_SAMPLES]).inputs)
+    for indices in _batches(rows):
+        batch = gather(task.validation, indices)
+        outputs = (reference(batch.inputs), predict(simulated, batch.inputs), deployed.predict(batch.inputs))
+        wanted, ours, theirs = (found.double() for found in outputs)
+        tolerance = max(tolerance, FLOAT_TOLERANCE * _root_mean_square(ours))
+        sums.append(torch.stack([metric.statistics(found, batch.targets) for found in outputs]))
+        powers += torch.stack([part.square().sum() for part in (wanted, theirs - wanted, theirs - ours)])
+        elements += ours.numel()
+        if _are_logits(ours, batch.targets):
+            chosen = theirs.argmax(dim=1, keepdim=True)
+            gap = ours.amax(dim=1, keepdim=True) - ours.gather(1, chosen)
+            classified += gap.numel()
+            same += int((ours.argmax(dim=1, keepdim=True) == chosen).sum())
+            apart += int((gap > 2 * tolerance).sum())  # either of the two logits may be off
+    signal, noise, squares = powers.tolist()
+    values = [metric.value(total) for total in torch.stack(sums).sum(dim=0)]
+    return Deployment(
+        samples=len(rows),
+        metric=metric_info(metric),
+        float_value=values[0],
+        simulated_value=values[1],
+        deployed_value=values[2],
+        sqnr_db=decibels(signal, noise),
+        difference=math.sqrt(squares / elements),
+        tolerance=tolerance,
+        agreement=same / classified if classified else None,
+        departures=apart / classified if classified else None,
+    )
+
+
+def metric_info(metric: Metric) -> MetricInfo:
+    """How to show and judge `metric`."""
+    return MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
+
+
+def output_quantum(graph: GraphModule, inputs: Inputs) -> float:
+    """How far the outputs of an int8 graph move, root mean square, when its last uint8 tensors move by one code.
+
+    Each code goes up or down at random, with an explicit seed. For uint8 outputs that is their scale; for float ones,
+    what one quantum of the tensors that they are computed from is worth. 0 without a uint8 tensor.
+    """
+    shaken = _Shaken(graph)
+    shaken.last = _last_quantizers(graph)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        moved: Tensor = shaken.run(*inputs)
+        torch.manual_seed(0)  # what a forward draws at random is not a quantum, and must not make it larger
+        return _root_mean_square(moved.double() - predict(graph, inputs).double())
+
+
+class _Shaken(Interpreter):
+    """Runs a graph and moves each code of the `last` uint8 tensors by one."""
+
+    last: frozenset[Node]
+
+    def run_node(self, n: Node) -> object:
+        """Run one node."""
+        value: Any = super().run_node(n)
+        if n not in self.last:
+            return value
+        step = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32) * 2 - 1
+        moved = value.int() + step
+        within = (moved >= 0) & (moved <= CODES)  # at either end there is one way only
+        return torch.where(within, moved, value.int() - step).to(value.dtype)
+
+
+def _last_quantizers(graph: GraphModule) -> frozenset[Node]:
+    """Find the nodes that write codes of which no other codes are computed on the way to the output."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    waiting = list(graph.graph.output_node().all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.target is QUANTIZE:
+            found.add(node)
+        elif node not in seen:
+            waiting += node.all_input_nodes
+        seen.add(node)
+    return frozenset(found)
+
+
+def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[int]) -> str | None:
+    """Name the first layer that gives other codes under ONNX Runtime than in PyTorch, from the same codes.
+
+    One code (RMS) is no departure, nor is a quantum of the outputs.
+    """
+    units = {unit.output: f"layer {unit.layer!r}" for unit in model.plan.units if unit.output is not None}
+    graph = copied(model.simulated)
+    quantizers = [node for node in graph.graph.nodes if node.target is QUANTIZE]
+    places = [units.get(source.name) or _place(source) for source, *_ in map(arguments, quantizers)]
+    output = graph.graph.output_node()
+    output.args = ((*quantizers, arguments(output)[0]),)
+    graph.recompile()
+    with tempfile.TemporaryDirectory() as directory:
+        session = open_session(to_unchecked_onnx(graph, task, Path(directory) / "model.onnx").path, threads=0)
+        for indices in filter(None, (rows[:1], rows[1:_FEW_SAMPLES])):
+            inputs = gather(task.validation, indices).inputs
+            fed = zip(session.get_inputs(), inputs, strict=True)
+            *codes, logits = map(torch.from_numpy, session.run(None, {node.name: x.numpy() for node, x in fed}))
+            forced = _Forced(graph)
+            forced.codes, forced.differences = dict(zip(quantizers, codes, strict=True)), {}
+            with torch.no_grad():
+                *_, ours = forced.run(*inputs)
+            for place, node in zip(places, quantizers, strict=True):
+                if (difference := forced.differences[node]) > 1:
+                    return f"{place}, whose codes differ by {difference:.3g} (RMS)"
+            if (difference := _root_mean_square(ours.double() - logits.double())) > tolerance:
+                return f"what computes the outputs in float, which differ by {difference:.3g} (RMS)"
+    return None
+
+
+class _Forced(Interpreter):
+    """Runs a graph and goes on from the given codes, whatever it finds itself; keeps how far that was, by node."""
+
+    codes: Mapping[Node, Tensor]
+    differences: dict[Node, float]
+
+    def run_node(self, n: Node) -> object:
+        """Run one node."""
+        value: Any = super().run_node(n)
+        if n not in self.codes:
+            return value
+        self.differences[n] = _root_mean_square(value.double() - self.codes[n].double())
+        return self.codes[n]
+
+
+def _place(node: Node) -> str:
+    """Name what gives a tensor that is float until a layer reads it as uint8."""
+    while node.target is operator.getitem:
+        node = arguments(node)[0]
+    return f"layer {node.meta['layer']!r}" if "layer" in node.meta else f"the input {node.name!r}"
+
+
+def _batches(rows: Sequence[int]) -> list[Sequence[int]]:
+    ends = [0, 1, 3, *range(3 + EVALUATION_BATCH, len(rows) + EVALUATION_BATCH, EVALUATION_BATCH)]
+    return [rows[start:end] for start, end in pairwise(ends) if rows[start:end]]
+
+
+def _are_logits(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether outputs are (N, C, …) with C >= 2, and targets class indices (N, …)."""
+    return (
+        outputs.ndim > 1
+        and outputs.shape[1] > 1
+        and not targets.is_floating_point()
+        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
+    )
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())

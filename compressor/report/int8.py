@@ -1,0 +1,73 @@
+"""What int8 did to a model, in words and as a table: for a log and for Markdown; knows no torch."""
+
+from compressor.report.figures import change, share, times, value
+from compressor.report.records import Deployment, Fallback, Histogram, LayerNoise, Quantization
+
+MOST_LAYERS = 20
+"""A table shows so many, those that make most noise; JSON has all."""
+
+
+def described(found: Deployment) -> str:
+    """The metric of the float model, of int8 in PyTorch and of int8 under ONNX Runtime, in one line."""
+    before, simulated, deployed = (
+        value(found.metric, one) for one in (found.float_value, found.simulated_value, found.deployed_value)
+    )
+    same = "" if found.agreement is None else f", and both name the same class for {share(found.agreement)}"
+    return (
+        f"{found.metric.name} on {found.samples:,} validation samples: float {before}, int8 {simulated} in PyTorch and "
+        f"{deployed} under ONNX Runtime; outputs of the two differ by {found.difference:.2g} of at most "
+        f"{found.tolerance:.2g} (RMS){same}; SQNR {decibels(found.sqnr_db)}"
+    )
+
+
+def outcome(fallback: Fallback, found: Deployment) -> str:
+    """What putting layers back to float came to, what it cost and what ended it, in one line."""
+    kept = ", ".join(f"{step.layer} ({step.weights} weights)" for step in fallback.steps[: fallback.kept])
+    ended = {
+        "reached": "the limit holds",
+        "time": "max_minutes are over",
+        "nothing left": "no layer is left to put back",
+    }[fallback.stopped]
+    gained = change(found.metric, fallback.before.deployed_value, found.deployed_value)
+    return (
+        f"max_drop {fallback.max_drop:g}: {ended}; back in float: {kept or 'nothing'}; {found.metric.name} "
+        f"{value(found.metric, found.deployed_value)} ({gained}) with {fallback.added_bytes:+,} bytes, "
+        f"{times(fallback.latency_ratio, 'faster', 'slower')} than all in int8"
+    )
+
+
+def layer_cells(found: Quantization) -> list[list[str]]:
+    """One row per layer, the one that makes most noise in the outputs first, headings first; empty without layers."""
+    if not found.layers:
+        return []
+    metric = found.deployment.metric
+    head = ["layer", "SQNR of its outputs", "SQNR of the model's outputs, it alone in int8", f"{metric.name}, so"]
+    head += ["range", "clipped"]
+    return [
+        head,
+        *(
+            [
+                one.layer,
+                decibels(one.sqnr_db),
+                decibels(one.alone_sqnr_db),
+                value(metric, one.alone_value),
+                *_range(one.histogram),
+            ]
+            for one in sorted(found.layers, key=_noise)[:MOST_LAYERS]
+        ),
+    ]
+
+
+def decibels(found: float | None) -> str:
+    """A ratio of powers in dB, to one decimal."""
+    return "no noise" if found is None else f"{found:.1f} dB"
+
+
+def _noise(layer: LayerNoise) -> float:
+    return float("inf") if layer.alone_sqnr_db is None else layer.alone_sqnr_db
+
+
+def _range(histogram: Histogram | None) -> list[str]:
+    if histogram is None:
+        return ["float", ""]
+    return [f"{histogram.low:.3g} to {histogram.high:.3g}", share(histogram.below + histogram.above)]

@@ -1,0 +1,137 @@
+"""Whether the file does under ONNX Runtime what its graph does in PyTorch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor import Samples, Task, TorchModel
+from compressor.errors import StageError
+from compressor.parity import spread
+from compressor.plugins import Reference
+from compressor.quantization.calibration import calibrate
+from compressor.quantization.conversion import affine_of, rounded_weights
+from compressor.quantization.deployment import compare, deploy, output_quantum
+from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.int8_model import Int8Model
+from compressor.quantization.plan import plan_int8
+from compressor.task import Metric, accuracy, evaluate
+
+
+class Dropping(nn.Module):
+    """Its dropout is on in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.relu(self.stem(x)), 0.5, training=True)
+        return self.head(F.relu(self.second(x)).flatten(1))
+
+
+def int8_of(module: nn.Module, task: Task) -> Int8Model:
+    graph, plan = plan_int8(folded(float_graph(module.eval(), task)))
+    affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(256), "minmax"))
+    return Int8Model(graph, plan, affines, rounded_weights(graph, plan, affines, 63))
+
+
+def test_file_gives_what_pytorch_gives_and_each_has_its_metric(
+    plain: TorchModel, digits_task: Task, tmp_path: Path
+) -> None:
+    int8 = int8_of(plain.module, digits_task)
+    deployed, found = deploy(int8, plain.predict, digits_task, tmp_path / "model.onnx", range(180))
+    x = digits_task.validation.inputs
+    ours, theirs = int8.simulated(*x), deployed.predict(x)
+    # with biases rounded as ONNX Runtime rounds them, but for its sums of floats in another order
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert (found.samples, found.agreement, found.departures) == (180, 1.0, 0.0)
+    assert found.difference < 1e-4 < found.tolerance
+    for value, outputs in (
+        (found.float_value, plain.predict(x)),
+        (found.simulated_value, ours),
+        (found.deployed_value, theirs),
+    ):
+        assert value == evaluate((accuracy,), lambda _, given=outputs: given, digits_task.validation)["accuracy"]
+
+
+def test_quantum_of_uint8_outputs_is_their_scale(digits_task: Task) -> None:
+    torch.manual_seed(0)
+    int8 = int8_of(nn.Conv2d(1, 8, 3), digits_task)
+    (unit,) = int8.plan.units
+    assert unit.output is not None
+    quantum = output_quantum(int8.simulated, digits_task.validation.inputs)
+    assert quantum == pytest.approx(int8.affines[unit.output].scale, rel=1e-5)
+
+
+def test_quantum_of_float_logits_is_that_of_the_last_codes_times_the_weights(digits_task: Task) -> None:
+    torch.manual_seed(0)
+    int8 = int8_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits_task)
+    weight = next(iter(int8.weights.values())).numbers()
+    scale = next(iter(int8.affines.values())).scale
+    expected = scale * float(weight.square().sum(1).mean().sqrt())  # independent steps of one code
+    # white pixels beside each other step down together, as codes at an end have one way only
+    assert output_quantum(int8.simulated, digits_task.validation.inputs) == pytest.approx(expected, rel=0.5)
+
+
+def test_random_layer_is_named_as_the_first_to_depart(digits_task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    int8 = int8_of(Dropping(), digits_task)
+    with pytest.raises(
+        StageError, match=r"the first to depart on equal inputs is layer '\w*dropout\w*', whose codes differ by \d+"
+    ):
+        deploy(int8, lambda inputs: int8.graph(*inputs), digits_task, tmp_path / "model.onnx", range(64))
+
+
+def test_randomness_before_the_last_layer_does_not_widen_the_tolerance(digits_task: Task, tmp_path: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.dropout(F.relu(self.hidden(x.flatten(1))), 0.5, training=True))
+
+    torch.manual_seed(0)
+    int8 = int8_of(Last(), digits_task)
+    with pytest.raises(StageError, match="look in forward for randomness"):
+        deploy(int8, lambda inputs: int8.graph(*inputs), digits_task, tmp_path / "model.onnx", range(64))
+
+
+def test_another_class_among_equal_logits_is_no_departure(digits_task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        module[1].weight[1] = module[1].weight[0]
+        module[1].bias.copy_(torch.tensor([0.0, 0.001]))
+    path = tmp_path / "model.onnx"
+    deployed, found = deploy(int8_of(module, digits_task), lambda x: module(*x).detach(), digits_task, path, range(64))
+    with torch.no_grad():
+        module[1].bias.copy_(torch.tensor([0.001, 0.0]))
+    other = compare(
+        lambda x: module(*x).detach(), int8_of(module, digits_task).simulated, deployed, digits_task, range(64)
+    )
+    assert found.agreement == 1
+    assert other.agreement == 0
+    assert other.departures == 0
+    assert other.difference == pytest.approx(0.001, rel=0.01)
+
+
+def test_regression_is_compared_without_classes(digits_task: Task, tmp_path: Path) -> None:
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([(outputs - targets).square().sum(), torch.tensor(float(len(targets)))]).double()
+
+    torch.manual_seed(0)
+    error = Metric("error", squares, lambda sums: float(sums[0] / sums[1]), higher_is_better=False)
+    inputs = digits_task.validation.inputs
+    split = Samples(inputs, inputs[0].mean((1, 2, 3))[:, None])
+    task = replace(digits_task, validation=split, metrics=(error,))
+    model = TorchModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), Reference(factory="torch.nn:Sequential"))
+    _, found = deploy(int8_of(model.module, task), model.predict, task, tmp_path / "model.onnx", spread(split, 50))
+    assert (found.agreement, found.departures, found.samples) == (None, None, 50)
+    assert found.drop == found.deployed_value - found.float_value
