@@ -24,7 +24,13 @@ _FLOATS = {
     TensorProto.FLOAT8E5M2,
 }
 _NARROW_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4}
-_SETTINGS = {"QuantizeLinear": {1, 2}, "DequantizeLinear": {1, 2}, "Resize": {1, 2, 3}, "Upsample": {1}}
+_SETTINGS = {
+    "QuantizeLinear": {1, 2},
+    "DequantizeLinear": {1, 2},
+    "MatMulNBits": {2, 3},
+    "Resize": {1, 2, 3},
+    "Upsample": {1},
+}
 """Positions of inputs that say how a node works, such as scales and zero points."""
 _LAYERS = {
     "BatchNormalization",
@@ -37,6 +43,7 @@ _LAYERS = {
     "LSTM",
     "LayerNormalization",
     "MatMul",
+    "MatMulNBits",
     "PRelu",
     "RNN",
 }
@@ -92,7 +99,7 @@ def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
     Weights are floating-point tensors and dequantized or 8-bit integers, kept as initializers or in Constant nodes,
     each counted once however often it is used. Scales and zero points are no weights, nor is a single number unless a
     layer takes it as its weight or bias: exporters store the literals of a formula so. A quantized weight is zero
-    where it equals its zero point.
+    where it equals its zero point. Of those in blocks of ONNX Runtime's MatMulNBits a byte holds one or more.
     """
     nodes = [node for graph in graphs(model) for node in graph.node]
     uses: dict[str, set[tuple[str, int]]] = {}
@@ -100,19 +107,35 @@ def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
         for position, name in enumerate(node.input):
             uses.setdefault(name, set()).add((node.op_type, position))
     dequantizers = {node.input[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    multipliers = {node.input[1]: node for node in nodes if node.op_type == "MatMulNBits" and len(node.input) > 1}
     stored = stored_tensors(model)
+    factors = _factors(nodes, stored)
     parameters = nonzero = 0
     for name, tensor in stored.items():
-        if not _is_weight(tensor, uses.get(name, set())):
+        if name in factors or not _is_weight(tensor, uses.get(name, set())):
             continue
         weights = to_array(tensor, str(directory))
-        parameters += weights.size
-        if name in dequantizers:
+        if name in multipliers:
+            weights, zero_point = _in_blocks(multipliers[name], weights, stored, directory)
+            nonzero += int(np.count_nonzero(weights != zero_point))
+        elif name in dequantizers:
             zero_point = _zero_point(dequantizers[name], weights.shape, stored, directory)
             nonzero += int(np.count_nonzero(weights.astype(np.float32) != zero_point))
         else:
             nonzero += int(np.count_nonzero(weights))
+        parameters += weights.size
     return parameters, nonzero
+
+
+def _factors(nodes: Sequence[NodeProto], stored: Mapping[str, TensorProto]) -> set[str]:
+    """Names of the scales of weights that are stored as 8-bit integers and turned into floats by Cast and Mul."""
+    cast = {
+        node.output[0]
+        for node in nodes
+        if node.op_type == "Cast" and node.input[0] in stored and stored[node.input[0]].data_type in _NARROW_INTEGERS
+    }
+    products = (node.input for node in nodes if node.op_type == "Mul")
+    return {name for names in products if not cast.isdisjoint(names) for name in names if name not in cast}
 
 
 def _is_weight(tensor: TensorProto, uses: Iterable[tuple[str, int]]) -> bool:
@@ -127,12 +150,10 @@ def _is_weight(tensor: TensorProto, uses: Iterable[tuple[str, int]]) -> bool:
 
 def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, TensorProto], directory: Path) -> Array:
     """Zero point of a weight, in a shape that broadcasts to the weight's."""
-    if len(dequantizer.input) < 3 or not dequantizer.input[2]:
+    given = _stored_zero_point(dequantizer, 2, stored, directory)
+    if given is None:
         return np.zeros((), np.float32)
-    if dequantizer.input[2] not in stored:
-        msg = f"the zero point of weight {dequantizer.input[0]!r} must be a constant"
-        raise ValueError(msg)
-    zero_point = to_array(stored[dequantizer.input[2]], str(directory)).astype(np.float32)
+    zero_point = given.astype(np.float32)
     axis = attribute(dequantizer, "axis", 1)
     if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
         block_size = attribute(dequantizer, "block_size", 1)
@@ -140,3 +161,40 @@ def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, Tenso
     if zero_point.ndim == 1 and zero_point.size > 1:
         return zero_point.reshape([-1 if dimension == axis % len(shape) else 1 for dimension in range(len(shape))])
     return zero_point.reshape(())
+
+
+def _in_blocks(
+    multiplier: NodeProto, packed: Array, stored: Mapping[str, TensorProto], directory: Path
+) -> tuple[Array, Array]:
+    """Codes of a MatMulNBits, (N, K), and a zero point for each; a byte holds the first of its codes in the low bits.
+
+    Rows of codes and of zero points begin on a byte. Without zero points, all are half the number of codes.
+    """
+    bits, block_size, rows, inputs = (int(attribute(multiplier, name, 0)) for name in ("bits", "block_size", "N", "K"))
+    if bits not in {2, 4, 8} or block_size < 1:
+        msg = f"weight {multiplier.input[1]!r} must have 2, 4 or 8 bits in blocks, got {bits} in blocks of {block_size}"
+        raise ValueError(msg)
+    codes = _codes(packed, rows, bits)[:, :inputs]
+    given = _stored_zero_point(multiplier, 3, stored, directory)
+    if given is None:
+        return codes, np.full((), 1 << (bits - 1))
+    zero_points = _codes(given, rows, bits) if given.dtype == np.uint8 else given.reshape(rows, -1)
+    return codes, zero_points.take(np.arange(codes.shape[1]) // block_size, axis=1, mode="clip")
+
+
+def _codes(packed: Array, rows: int, bits: int) -> Array:
+    """Numbers of so many bits each, (rows, those of a row)."""
+    places = packed.reshape(rows, -1, 1).astype(np.uint8) >> np.arange(0, 8, bits, dtype=np.uint8)
+    return (places & ((1 << bits) - 1)).reshape(rows, -1)
+
+
+def _stored_zero_point(
+    node: NodeProto, position: int, stored: Mapping[str, TensorProto], directory: Path
+) -> Array | None:
+    name = (*node.input, *("",) * position)[position]
+    if not name:
+        return None
+    if name not in stored:
+        msg = f"the zero point of weight {node.input[position - 2]!r} must be a constant"
+        raise ValueError(msg)
+    return to_array(stored[name], str(directory))

@@ -28,7 +28,8 @@ def count_macs(model: ModelProto, inputs: Sequence[Array], directory: Path) -> i
     for graph in (top, *nested):
         for node in graph.node:
             name = f"the node that gives {', '.join(node.output)!r} ({node.domain or 'ai.onnx'}.{node.op_type})"
-            if node.op_type in _NOT_COUNTED or node.domain not in {"", "ai.onnx"}:
+            known = node.domain in {"", "ai.onnx"} or (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits")
+            if node.op_type in _NOT_COUNTED or not known:
                 msg = f"the products of {name} are not known"
                 raise ValueError(msg)
             if graph is not top and node.op_type in _MACS:
@@ -96,6 +97,10 @@ def _matmul_macs(node: NodeProto, shape_of: ShapeOf) -> int:
     return math.prod(shape_of(node.output[0])) * inner
 
 
+def _matmul_blocks_macs(node: NodeProto, shape_of: ShapeOf) -> int:
+    return math.prod(shape_of(node.output[0])) * int(attribute(node, "K", 0))
+
+
 def _einsum_macs(node: NodeProto, shape_of: ShapeOf) -> int:
     terms = attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0].split(",")
     if len(terms) == 1:
@@ -122,6 +127,7 @@ _MACS: Mapping[str, Callable[[NodeProto, ShapeOf], int]] = {
     "Gemm": _gemm_macs,
     "LSTM": _recurrent_macs,
     "MatMul": _matmul_macs,
+    "MatMulNBits": _matmul_blocks_macs,
     "RNN": _recurrent_macs,
 }
 _NOT_COUNTED = {"Attention", "ConvInteger", "DeformConv", "MatMulInteger", "QLinearConv", "QLinearMatMul"}

@@ -348,7 +348,7 @@ def test_macs_that_depend_on_the_data_are_refused():
         count_macs(model, [zeros(1, 4)], Path())
 
 
-@pytest.mark.parametrize(("operator", "domain"), [("MatMulNBits", "com.microsoft"), ("MatMulInteger", "")])
+@pytest.mark.parametrize(("operator", "domain"), [("FusedGemm", "com.microsoft"), ("MatMulInteger", "")])
 def test_operator_whose_products_are_not_known_is_refused_by_name(operator: str, domain: str):
     node = make_node(operator, ["x", "w"], ["y"], domain=domain)
     model = graph_model(node, weights={"w": np.ones((4, 4), np.float32)}, shape=("n", 4))
@@ -477,6 +477,31 @@ def test_quantized_bias_is_counted_and_four_bit_weights_are():
     model.graph.initializer.extend([weight, packed, bias, scale])
     onnx.checker.check_model(model)
     assert counted(model) == (36, 11)
+
+
+@pytest.mark.parametrize(
+    ("zero_points", "nonzero"),
+    [
+        pytest.param(None, 5, id="eight stands for zero"),
+        pytest.param([0x21, 0x03], 4, id="each block has a number that stands for zero"),
+    ],
+)
+def test_weights_in_blocks_are_counted_one_by_one(zero_points: list[int] | None, nonzero: int):
+    # one output of 40 inputs of 4 bits, in blocks of 16
+    codes = np.full(40, 8, np.uint8)
+    codes[:3], codes[20], codes[39] = 1, 2, 3
+    if zero_points is not None:
+        codes[3:16], codes[16:20], codes[21:32], codes[32:39] = 1, 2, 2, 3
+        codes[[0, 17, 30, 35]] = 9
+    codes = np.concatenate([codes, np.zeros(8, np.uint8)])  # the last block is full
+    weights = {"b": codes[::2] | codes[1::2] << 4, "scales": np.ones(3, np.float32)}
+    if zero_points is not None:
+        weights["zeros"] = np.array(zero_points, np.uint8)
+    weights["b"] = weights["b"].reshape(1, 3, 8)
+    names = ["x", "b", "scales"] + ["zeros"] * (zero_points is not None)
+    node = make_node("MatMulNBits", names, ["y"], domain="com.microsoft", K=40, N=1, bits=4, block_size=16)
+    model = graph_model(node, weights=weights, shape=("n", 40))
+    assert count_parameters(model, Path()) == (40, nonzero)
 
 
 def test_weights_and_products_inside_a_function_of_the_file_are_counted(tmp_path: Path):

@@ -16,6 +16,8 @@ from compressor.stages.distillation.soft_labels import SoftLabels
 from compressor.stages.distillation.stage import Distillation
 from compressor.stages.onnx_export import OnnxExport
 from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.stages.quantization.qat import Int8Qat
+from compressor.stages.quantization.weight_only import WeightOnly
 from compressor.stages.training import Training
 from compressor.task import Task
 from compressor.testing import check_stage
@@ -117,6 +119,8 @@ def test_installed_stage_keeps_the_contract(site, tmp_path):
         pytest.param(Distillation(epochs=1, generations=2), id="distillation-born-again"),
         pytest.param(MutualLearning(students=(PLAIN, PLAIN), epochs=1), id="mutual_learning"),
         pytest.param(Int8Ptq(calibration_samples=64), id="int8_ptq"),
+        pytest.param(Int8Qat(calibration_samples=64, epochs=2), id="int8_qat"),
+        pytest.param(WeightOnly(), id="weight_only"),
         pytest.param(OnnxExport(), id="onnx_export"),
     ],
 )
