@@ -69,6 +69,11 @@ def stack(channels_in: int, channels: int, blocks: int, *, stride: int, projecti
     return nn.Sequential(Block(channels_in, channels, stride, projection=projection), *rest)
 
 
+def resnet20() -> nn.Module:
+    """A smaller model, 270 thousand parameters."""
+    return ResNet(blocks=3)
+
+
 def resnet56() -> nn.Module:
     """The large model, 853 thousand parameters."""
     return ResNet(blocks=9)
