@@ -45,6 +45,7 @@ benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(RESNET56)
 	$(BIN)/python benchmarks/pruning.py $(CIFAR10) $(RESNET56)
 	$(BIN)/python benchmarks/sparsity.py $(MNIST) $(CIFAR10) $(RESNET56)
+	$(BIN)/python benchmarks/qat_cost.py
 
 clean:
 	rm -rf $(VENV) runs

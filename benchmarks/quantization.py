@@ -80,8 +80,9 @@ def main() -> None:
         else:
             pruned = stored(directory / "pruned", partial(cut, baseline, task))
             rows += compared(name, directory, task, ours(pruned, task, reference=baseline, short=True))
+    chosen = "" if len(arguments.only) == len(NETWORKS) + len(PRUNED) else f" --only {' '.join(arguments.only)}"
     result = {
-        "command": "python benchmarks/quantization.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR",
+        "command": f"python benchmarks/quantization.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR{chosen}",
         "settings": SETTINGS,
         "calibration_samples": CALIBRATION_SAMPLES,
         "rows": rows,
