@@ -112,6 +112,7 @@ CONVOLUTIONS = [
 def test_error_of_no_channel_grows_for_any_form_of_convolution(convolution):
     """Its products are written anew; a wrong one would choose codes that are wrong for the layer itself."""
     torch.manual_seed(0)
+    convolution.reset_parameters()  # pytest made it without a seed
     (before,) = rounded(convolution, torch.rand(32, 4, *[9] * (convolution.weight.ndim - 2)), limit=3).layers()
     after = learned(150, limit=3)(before)
     errors = [(layer.compute() - layer.outputs).square().movedim(1, 0).flatten(1).mean(1) for layer in (before, after)]
