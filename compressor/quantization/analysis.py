@@ -43,11 +43,6 @@ def analyse(model: Int8Model, task: Task) -> tuple[tuple[LayerNoise, ...], int]:
     return tuple(measured(layer, tensor) for layer, tensor in model.outputs().items()), len(rows)
 
 
-def worst_first(layers: Sequence[LayerNoise]) -> list[LayerNoise]:
-    """Order layers by what each alone does to the model's outputs, the most noise first."""
-    return sorted(layers, key=lambda found: float("inf") if found.alone_sqnr_db is None else found.alone_sqnr_db)
-
-
 def sqnr_db(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float | None:
     """Signal-to-quantization-noise ratio: the power of `reference` over that of the noise; None without noise."""
     pairs = [(found.double(), wanted.double()) for found, wanted in zip(outputs, reference, strict=True)]

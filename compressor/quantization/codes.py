@@ -1,6 +1,5 @@
 """From ranges of numbers to scales, zero points and codes; no graph, no model."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -74,8 +73,3 @@ def weight_codes(weight: Tensor, scale: Tensor, channel_axis: int, limit: int) -
 def along(values: Tensor, dimensions: int, axis: int) -> Tensor:
     """Shape (C,) so that it stretches over a tensor of so many dimensions along `axis`."""
     return values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)])
-
-
-def is_finite(found: Range) -> bool:
-    """Whether both ends are numbers."""
-    return math.isfinite(found.low) and math.isfinite(found.high)

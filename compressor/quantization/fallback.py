@@ -9,9 +9,10 @@ from typing import Literal, TypeAlias
 from compressor.artifact import OnnxModel, TorchModel
 from compressor.latency import time_models
 from compressor.parity import spread
-from compressor.quantization.analysis import sqnr_db, worst_first
+from compressor.quantization.analysis import sqnr_db
 from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
+from compressor.report.int8 import worst_first
 from compressor.report.records import Deployment, Fallback, LayerNoise, PutBack
 from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather
 

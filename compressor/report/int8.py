@@ -1,5 +1,7 @@
 """What int8 did to a model, in words and as a table: for a log and for Markdown; knows no torch."""
 
+from collections.abc import Sequence
+
 from compressor.report.figures import change, share, times, value
 from compressor.report.records import Deployment, Fallback, Histogram, LayerNoise, Quantization
 
@@ -36,6 +38,11 @@ def outcome(fallback: Fallback, found: Deployment) -> str:
     )
 
 
+def worst_first(layers: Sequence[LayerNoise]) -> list[LayerNoise]:
+    """Order layers by what each alone does to the model's outputs, the most noise first."""
+    return sorted(layers, key=lambda found: float("inf") if found.alone_sqnr_db is None else found.alone_sqnr_db)
+
+
 def layer_cells(found: Quantization) -> list[list[str]]:
     """One row per layer, the one that makes most noise in the outputs first, headings first; empty without layers."""
     if not found.layers:
@@ -53,7 +60,7 @@ def layer_cells(found: Quantization) -> list[list[str]]:
                 value(metric, one.alone_value),
                 *_range(one.histogram),
             ]
-            for one in sorted(found.layers, key=_noise)[:MOST_LAYERS]
+            for one in worst_first(found.layers)[:MOST_LAYERS]
         ),
     ]
 
@@ -61,10 +68,6 @@ def layer_cells(found: Quantization) -> list[list[str]]:
 def decibels(found: float | None) -> str:
     """A ratio of powers in dB, to one decimal."""
     return "no noise" if found is None else f"{found:.1f} dB"
-
-
-def _noise(layer: LayerNoise) -> float:
-    return float("inf") if layer.alone_sqnr_db is None else layer.alone_sqnr_db
 
 
 def _range(histogram: Histogram | None) -> list[str]:

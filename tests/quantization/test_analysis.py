@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor import Task, TorchModel
-from compressor.quantization.analysis import analyse, worst_first
+from compressor.quantization.analysis import analyse
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, rounded_weights
 from compressor.quantization.graph import float_graph, folded
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.plan import plan_int8
+from compressor.report.int8 import worst_first
 from compressor.report.records import LayerNoise
 from compressor.task import accuracy, evaluate
 
