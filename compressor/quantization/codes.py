@@ -9,6 +9,8 @@ CODES = 255
 """Largest uint8 code."""
 STORED_LIMIT = 127
 """Largest int8 code of a weight that is only stored."""
+_MOST_NOISE = 4.0
+"""Power of what rounding changes with one scale for all output channels, over that with a scale for each: one bit."""
 
 
 class Range(NamedTuple):
@@ -51,16 +53,26 @@ def affine(found: Range) -> Affine:
 
 
 def weight_scale(
-    weight: Tensor, channel_axis: int, limit: int, *, bias: Tensor | None = None, input_scale: float = 1.0
+    weight: Tensor,
+    channel_axis: int,
+    limit: int,
+    *,
+    bias: Tensor | None = None,
+    input_scale: float = 1.0,
+    one_scale: bool = False,
 ) -> Tensor:
     """Return the scales, (C,), with which the largest weight of each output channel is `limit`.
 
     `bias` / (`input_scale` * scale) must fit into int32, so a channel of tiny weights with a bias gets a larger scale.
+    With `one_scale` all channels take the largest one where that costs at most one bit.
     """
     largest = weight.detach().abs().amax([axis for axis in range(weight.ndim) if axis != channel_axis])
     scale = largest / limit
     if bias is not None:
         scale = torch.maximum(scale, bias.detach().abs() / (input_scale * 2.0**30))
+    if one_scale:
+        highest = scale.max()
+        scale = torch.where(highest.square() <= _MOST_NOISE * scale.square().mean(), highest, scale)
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
 
 

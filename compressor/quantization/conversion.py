@@ -49,7 +49,8 @@ def rounded_weights(
             bias = parameter(graph, nodes[unit.weight.bias]) if unit.weight.bias else None
             input_scale = affines[unit.inputs[0]].scale if unit.inputs else 1.0
             largest = weight_limit(plan, unit, limit)
-            scale = weight_scale(weight, axis, largest, bias=bias, input_scale=input_scale)
+            one_scale = unit.weight.one_scale
+            scale = weight_scale(weight, axis, largest, bias=bias, input_scale=input_scale, one_scale=one_scale)
             found[unit.node] = weight_codes(weight, scale, axis, largest)
     return found
 
@@ -77,12 +78,10 @@ def converted(
 
     def weight(result: GraphModule, node: Node, unit: Unit) -> Node:
         codes, scale, axis = weights[unit.node]
+        if unit.inputs:
+            return _dequantized(result, node.name, codes, _shortest(scale, unit), axis)
         nodes = [add_tensor(result, f"{node.name}_codes", codes), add_tensor(result, f"{node.name}_scale", scale)]
-        if not unit.inputs:
-            return result.graph.call_function(STORED, (*nodes, axis))
-        zero_point = torch.zeros(len(scale), dtype=torch.int8)
-        nodes.append(add_tensor(result, f"{node.name}_zero_point", zero_point))
-        return result.graph.call_function(DEQUANTIZE, (*nodes, axis))
+        return result.graph.call_function(STORED, (*nodes, axis))
 
     result = wrapped(graph, plan, activation, weight)
     nodes = {node.name: node for node in result.graph.nodes}
@@ -90,7 +89,7 @@ def converted(
         node = nodes[unit.node]
         with result.graph.inserting_before(node):
             if unit.weight is not None and unit.inputs and unit.weight.bias is not None:
-                scale = affines[unit.inputs[0]].scale * weights[unit.node].scale
+                scale = affines[unit.inputs[0]].scale * _shortest(weights[unit.node].scale, unit)
                 write = _integer_bias if unit.weight.integer_bias else _rounded_bias
                 bias = write(result, nodes[unit.weight.bias], scale)
                 node.replace_input_with(nodes[unit.weight.bias], bias)
@@ -147,12 +146,22 @@ def _parameters(result: GraphModule, name: str, scale: float, zero_point: int) -
     )
 
 
+def _shortest(scale: Tensor, unit: Unit) -> Tensor:
+    """Scales of a weight, (C,), or the only one, ()."""
+    only = unit.weight is not None and unit.weight.one_scale and bool((scale == scale[0]).all())
+    return scale[0].clone() if only else scale
+
+
+def _dequantized(result: GraphModule, name: str, codes: Tensor, scale: Tensor, axis: int) -> Node:
+    """Write codes without zero point and what makes them numbers."""
+    tensors = {"codes": codes, "scale": scale, "zero_point": torch.zeros(scale.shape, dtype=codes.dtype)}
+    nodes = [add_tensor(result, f"{name}_{part}", tensor) for part, tensor in tensors.items()]
+    return result.graph.call_function(DEQUANTIZE, (*nodes, axis))
+
+
 def _integer_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
     codes = torch.round(parameter(result, bias).detach() / scale).to(torch.int32)
-    tensors = (codes, scale, torch.zeros(len(scale), dtype=torch.int32))
-    names = (f"{bias.name}_codes", f"{bias.name}_scale", f"{bias.name}_zero_point")
-    nodes = [add_tensor(result, name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-    return result.graph.call_function(DEQUANTIZE, (*nodes, 0))
+    return _dequantized(result, bias.name, codes, scale, 0)
 
 
 def _rounded_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:

@@ -281,7 +281,7 @@ def _name_layers(graph: GraphModule) -> None:
 
 
 def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
-    """Let `norm`'s node compute what `layer` and then `norm` compute, in place."""
+    """Let `norm`'s node compute what `layer` and then `norm` compute, in place; `meta["folded"]` says so."""
     weight, bias = (*arguments(layer), None)[1:3]
     factor, offset = _factor_and_offset(graph, norm)
     old_weight = parameter(graph, weight)
@@ -299,7 +299,7 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
             add_tensor(graph, f"{norm.name}_bias", new_bias),
         ]
     norm.target, norm.args, norm.kwargs = layer.target, (layer.args[0], *nodes, *arguments(layer)[3:]), layer.kwargs
-    norm.meta = {**layer.meta, "val": norm.meta["val"]}
+    norm.meta = {**layer.meta, "val": norm.meta["val"], "folded": True}
 
 
 def _write_as_convolution(graph: GraphModule, norm: Node) -> None:

@@ -31,6 +31,8 @@ class Weight:
     """Name of the node that reads the bias to add to the products, if there is one."""
     integer_bias: bool = False
     """Whether the bias is int32 in the file; ONNX Runtime makes it so by itself where outputs are uint8."""
+    one_scale: bool = False
+    """Whether one scale may do for all output channels: ONNX Runtime multiplies vectors a quarter faster with it."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +161,23 @@ def _planned(graph: GraphModule, keep_float: Collection[str], compute_float: Col
             add(draft, node)
     read = {name for unit in draft.units for name in unit.inputs}
     nodes = {node.name: node for node in graph.graph.nodes}
-    units = tuple(_with_integer_bias(unit, nodes[unit.node], read) for unit in draft.units)
+    units = tuple(_as_gemm(unit, nodes[unit.node], read) for unit in draft.units)
     return Plan(units, draft.activations)
 
 
-def _with_integer_bias(unit: Unit, node: Node, read: Collection[str]) -> Unit:
-    """Give a linear layer with float outputs an int32 bias.
+def _as_gemm(unit: Unit, node: Node, read: Collection[str]) -> Unit:
+    """Fit a linear layer on vectors, (N, C), to ONNX Runtime's int8 Gemm; it needs an int32 bias where it gives floats.
 
-    Layers on sequences, (N, L, C), have a product and a sum in ONNX instead of a bias.
+    Layers on sequences, (N, L, C), have a product and a sum in ONNX instead. Codes are the same before a BatchNorm is
+    folded and after it only if each channel has a scale of its own.
     """
-    if unit.weight is None or not unit.inputs or unit.output is not None or node.target not in LINEARS:
+    if unit.weight is None or not unit.inputs or node.target not in LINEARS:
         return unit
-    position = LINEARS[node.target][0]
-    if _last(node).name in read or len(shape(node.args[position])) != 2:
+    if len(shape(node.args[LINEARS[node.target][0]])) != 2:
         return unit
-    return replace(unit, weight=replace(unit.weight, integer_bias=True))
+    gives_floats = unit.output is None and _last(node).name not in read
+    normalized = "folded" in node.meta or any(part.target is BATCH_NORM for part in _parts(node))
+    return replace(unit, weight=replace(unit.weight, integer_bias=gives_floats, one_scale=not normalized))
 
 
 def _parts(node: Node) -> list[Node]:

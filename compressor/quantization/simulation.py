@@ -50,7 +50,7 @@ def simulated(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit
 
     def weight(result: GraphModule, node: Node, unit: Unit) -> Node:
         assert unit.weight is not None
-        arguments = (node, unit.weight.channel_axis, weight_limit(plan, unit, limit))
+        arguments = (node, unit.weight.channel_axis, weight_limit(plan, unit, limit), unit.weight.one_scale)
         return result.graph.call_function(rounded_weight, arguments)
 
     result = wrapped(graph, plan, activation, weight)
@@ -86,9 +86,9 @@ def rounded(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return _round(x.float(), scale, zero_point, (0, CODES))
 
 
-def rounded_weight(weight: Tensor, channel_axis: int, limit: int) -> Tensor:
+def rounded_weight(weight: Tensor, channel_axis: int, limit: int, one_scale: bool = False) -> Tensor:
     """Round a weight to the numbers that its codes stand for, with the scales of this very weight."""
-    scale = along(weight_scale(weight, channel_axis, limit), weight.ndim, channel_axis)
+    scale = along(weight_scale(weight, channel_axis, limit, one_scale=one_scale), weight.ndim, channel_axis)
     return _round(weight, scale, torch.zeros_like(scale), (-limit, limit))
 
 

@@ -52,3 +52,19 @@ def test_bias_fits_into_int32_with_weights_however_small():
     weight, bias = torch.full((1, 4), 1e-12), torch.tensor([5.0])
     scale = weight_scale(weight, 0, 63, bias=bias, input_scale=1e-3)
     assert abs(5.0 / (1e-3 * float(scale))) < 2**31
+
+
+def test_one_scale_serves_channels_that_are_alike():
+    weight = torch.tensor([[0.5, -1.0], [1.0, 0.3], [0.0, 0.0]])
+    assert weight_scale(weight, 0, 127, one_scale=True).tolist() == pytest.approx([1 / 127] * 3)
+
+
+def test_channels_that_would_lose_more_than_one_bit_keep_their_scales():
+    weight = torch.diag(torch.tensor([1.0, 0.1, 0.1, 0.1, 0.1]))
+    own = weight_scale(weight, 0, 127)
+    assert torch.equal(weight_scale(weight, 0, 127, one_scale=True), own)
+    assert own.max() > 9 * own.min()
+
+
+def test_weight_of_zeros_has_a_scale_as_one_of_alike_channels():
+    assert weight_scale(torch.zeros(2, 3), 0, 127, one_scale=True).tolist() == [1, 1]

@@ -254,6 +254,20 @@ def test_operators_run_as_int8_kernels_that_are_close_to_float(case: Case, tmp_p
     assert error < 0.08
 
 
+def test_linear_layer_on_vectors_has_one_scale_if_its_channels_are_alike(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        layers[2].weight *= torch.tensor([1.0, *[0.01] * 7])[:, None]
+    model = int8(layers, torch.randn(16, 16), tmp_path)
+    graph = onnx.load(model.path).graph
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    weights = [
+        node for node in graph.node if node.op_type == "DequantizeLinear" and len(sizes.get(node.input[0], ())) == 2
+    ]
+    assert [(sizes[node.input[1]], sizes[node.input[2]]) for node in weights] == [((), ()), ((8,), (8,))]
+    assert optimized_operators(model, tmp_path)["QGemm"] == 2
+
+
 def test_embeddings_are_stored_and_attention_multiplies_in_float(tmp_path: Path) -> None:
     module, tokens = random_network(attention), torch.randint(0, 50, (16, 5))
     model = int8(module, tokens, tmp_path)

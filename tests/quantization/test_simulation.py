@@ -46,6 +46,13 @@ class HardNetwork(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class NormalizedVectors(nn.Sequential):
+    """A BatchNorm after a linear layer whose channels are alike until it is folded, and not after that."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+
+
 NETWORKS = [
     PlainNetwork,
     ResidualNetwork,
@@ -53,6 +60,7 @@ NETWORKS = [
     ConvNextNetwork,
     DecoderNetwork,
     HardNetwork,
+    NormalizedVectors,
     SeparableNetwork,
     SequenceNetwork,
     SignalNetwork,
@@ -79,7 +87,7 @@ def planned(network: type[nn.Module]) -> Trained:
     torch.manual_seed(0)
     module, images = network().eval(), torch.rand(64, 1, 8, 8)
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.affine:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.affine:
             nn.init.normal_(layer.weight)  # factors of both signs
             nn.init.normal_(layer.bias)
     task = task_of(images)

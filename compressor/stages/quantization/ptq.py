@@ -33,7 +33,7 @@ from compressor.task import Task
 class Int8Ptq(Stage[TorchModel, OnnxModel]):
     """Quantize to int8 by calibration alone: uint8 activations per tensor, int8 weights per output channel."""
 
-    version = 2
+    version = 3
     target: TargetName = "portable"
     """Where the model will run. `portable` has 7-bit weights and gives the same outputs on every CPU; the others have
     8-bit weights, whose sums overflow on x86 CPUs without VNNI."""
