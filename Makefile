@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.examples
 	$(BIN)/compress run pipelines/digits.yaml
 
+# A process of tests on each core, with one thread each.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
