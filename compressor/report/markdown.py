@@ -2,10 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
-from compressor.report.figures import printable
+from compressor.report.figures import facts, printable
 from compressor.report.int8 import described, layer_cells, outcome
 from compressor.report.layout import escape, markdown_bullets, markdown_table
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
@@ -25,7 +23,7 @@ def to_markdown(report: Report) -> str:
         _section("Training", _training(report)),
         _section("Int8", _int8(report)),
         _section("How it was measured", _method(report)),
-        _section("Environment", markdown_bullets(_facts(report.environment))),
+        _section("Environment", markdown_bullets(facts(report.environment))),
         _section("How to reproduce it", _reproduction(report)),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -109,18 +107,6 @@ def _method(report: Report) -> str:
             "anew; a ratio compares the fastest calls of each round, with Student's 95 % interval over rounds.",
         ]
     )
-
-
-def _facts(environment: Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {_fact(found)}" for name, found in environment.items()]
-
-
-def _fact(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return ", ".join(f"{name} {_fact(part)}" for name, part in found.items())
-    if isinstance(found, list | tuple):
-        return ", ".join(map(_fact, found))
-    return "unknown" if found is None else str(found)
 
 
 def _reproduction(report: Report) -> str:
