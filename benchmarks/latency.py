@@ -21,7 +21,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compressor.latency import random_inputs, time_models
+from compressor.latency import time_models
+from compressor.onnx_inputs import random_inputs
 from compressor.report.environment import environment
 from compressor.report.records import Latency
 from compressor.runtime import open_session
@@ -159,7 +160,7 @@ def cold_caches(models: dict[str, Path], *, cycles: int, calls: int) -> dict[str
     """Visit the models in turn, `calls` calls each: the time of each call of a visit over the last one's."""
     names = ("tiny", "conv", "dense_2_mb", "dense_15_mb")
     sessions = [open_session(models[name], threads=1) for name in names]
-    feeds = {"t0": random_inputs(models["conv"])[0]}
+    feeds = random_inputs(models["conv"])
     times = np.empty((cycles, len(names), calls))
     for cycle in times:
         for model, session in enumerate(sessions):
@@ -191,11 +192,11 @@ def agreement(models: dict[str, Path], *, repeats: int) -> dict[str, Any]:
 _ALONE = """
 import statistics, sys, time
 from pathlib import Path
-from compressor.latency import random_inputs
+from compressor.onnx_inputs import random_inputs
 from compressor.runtime import open_session
 path = Path(sys.argv[1])
 session = open_session(path, threads=1)
-feeds = {"t0": random_inputs(path)[0]}
+feeds = random_inputs(path)
 stamps = [time.perf_counter_ns()]
 while len(stamps) < 3000:
     session.run(None, feeds)

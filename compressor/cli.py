@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from compressor.errors import CompressorError, ConfigError
+from compressor.report.figures import printable
 from compressor.report.gate import exit_code
 from compressor.report.json import read_report, to_json
 from compressor.report.table import to_table
@@ -159,6 +160,101 @@ def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str,
     return 0
 
 
+def _sizes(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, int]:
+    """Sizes by name, from texts such as `height=224`."""
+    sizes = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdecimal():
+            msg = f"must be NAME=SIZE, got {text!r}"
+            raise click.BadParameter(msg)
+        sizes[name] = int(number)
+    return sizes
+
+
+@compress.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--baseline", type=click.Path(path_type=Path), help="Compare with this file.  [default: the first]")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Samples of one inference; may be given several times.  [default: 1]",
+)
+@click.option(
+    "--threads",
+    "thread_counts",
+    multiple=True,
+    default=(1,),
+    type=click.IntRange(min=1),
+    help="Threads of one inference; may be given several times.  [default: 1]",
+)
+@click.option(
+    "--dimension",
+    "sizes",
+    multiple=True,
+    metavar="NAME=SIZE",
+    callback=_sizes,
+    help="Size of a dynamic dimension other than the batch; may be given several times.",
+)
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(path_type=Path),
+    help="An .npz with one batch: an array for each input of the baseline, by name.",
+)
+@click.option(
+    "--max-seconds",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Most seconds for each file, each batch size and each number of threads.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
+def bench(
+    *,
+    files: tuple[Path, ...],
+    baseline: Path | None,
+    batch_sizes: tuple[int, ...],
+    thread_counts: tuple[int, ...],
+    sizes: dict[str, int],
+    inputs_file: Path | None,
+    max_seconds: float,
+    as_json: bool,
+    as_markdown: bool,
+) -> int:
+    """Compare any ONNX FILES, ours or not: size, parameters, MACs, and latency timed side by side.
+
+    Every batch size is timed with every number of threads. Inputs are made up from the signature of the baseline
+    unless --inputs has them. The files need not be trusted: SECURITY.md says what is checked.
+    """
+    from compressor.bench import bench as benchmark
+    from compressor.report import benchmark as shown
+
+    if inputs_file and (batch_sizes or sizes):
+        msg = "--inputs has a batch of its own; leave out --batch-size and --dimension"
+        raise click.UsageError(msg)
+    if as_json and as_markdown:
+        msg = "--json and --markdown are two forms of one output; choose one"
+        raise click.UsageError(msg)
+    ordered = files if baseline is None else (baseline, *(file for file in files if file != baseline))
+    found = benchmark(
+        ordered,
+        batch_sizes=tuple(dict.fromkeys(batch_sizes)) or (1,),
+        thread_counts=tuple(dict.fromkeys(thread_counts)),
+        sizes=sizes,
+        inputs_file=inputs_file,
+        max_seconds=max_seconds,
+    )
+    if as_json:
+        click.echo(to_json(found), nl=False)
+    else:
+        click.echo(shown.to_markdown(found).rstrip() if as_markdown else shown.to_table(found))
+    return 0
+
+
 @compress.command()
 def stages() -> int:
     """List the stages that a pipeline file may name."""
@@ -193,10 +289,11 @@ def main() -> NoReturn:
         code = error.exit_code
     except CompressorError as error:
         if _IS_MAIN or not isinstance(error, ConfigError):  # the others read the same file
-            click.echo(f"error: {error}", err=True)
+            # it may quote names from a file that is not trusted
+            click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
         code = error.exit_code
     except Interrupted as interruption:
-        click.echo(f"{interruption}; the same command goes on from the last stored stage", err=True)
+        click.echo(f"{interruption}; for a run, the same command goes on from the last stored stage", err=True)
         code = interruption.exit_code
     sys.exit(code)
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -21,29 +21,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from compressor.errors import InputError
+from compressor.onnx_inputs import Array, arranged, described, random_inputs, signature
 from compressor.report.records import Latency, LatencySession
 from compressor.runtime import ERRORS, open_session
 
-Array: TypeAlias = NDArray[np.generic]
 _Times: TypeAlias = NDArray[np.int64]
 """Nanoseconds of each timed call of one round, (passes, models, calls of a visit)."""
+
+_Inputs: TypeAlias = Mapping[str, Array] | Sequence[Array]
 
 _MIN_ROUNDS = 10
 _PASSES = 10
 _WARM_UP_CALLS, _WARM_UP_SECONDS = 20, 0.05
 _UNTIMED_CALLS, _LEAST_UNTIMED_SECONDS, _MOST_UNTIMED_SECONDS = 8, 0.001, 0.01
 _TIMED_CALLS, _TIMED_SECONDS = 4, 0.02
-
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
 
 
 class Interval(NamedTuple):
@@ -113,47 +104,25 @@ def untimed_calls(seconds: float) -> int:
     return max(1, _between(_LEAST_UNTIMED_SECONDS / seconds, _UNTIMED_CALLS, _MOST_UNTIMED_SECONDS / seconds))
 
 
-def random_inputs(path: Path, *, batch_size: int = 1, seed: int = 0) -> tuple[Array, ...]:
-    """Arrays that fit the inputs of an ONNX file: normal floats; zeros and ones for whole numbers and booleans.
-
-    Raises InputError if a dimension other than the first is dynamic, or the first is fixed at another batch size.
-    """
-    generator = np.random.default_rng(seed)
-    arrays: list[Array] = []
-    for node in open_session(path, threads=1).get_inputs():
-        free_batch = bool(node.shape) and not isinstance(node.shape[0], int)
-        shape = [batch_size, *node.shape[1:]] if free_batch else node.shape
-        if not all(isinstance(size, int) for size in shape) or shape[:1] != [batch_size]:
-            msg = (
-                f"input {node.name!r} of {path} must have a batch of {batch_size} and otherwise fixed sizes to be made "
-                f"up, got shape {node.shape!r}; pass example inputs"
-            )
-            raise InputError(msg)
-        dtype = _dtype(node.type, path)
-        floating = np.issubdtype(dtype, np.floating)
-        numbers = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
-        arrays.append(numbers.astype(dtype))
-    return tuple(arrays)
-
-
 def time_models(
     paths: Sequence[Path],
     *,
-    inputs: Sequence[Array] | None = None,
+    inputs: _Inputs | None = None,
     threads: int = 1,
     precision: float = 0.005,
     max_seconds: float = 20.0,
 ) -> tuple[tuple[Latency, ...], LatencySession]:
     """Time one inference of each ONNX file on the CPU; ratios are against the first file.
 
-    `inputs` are the arrays of one batch, in the models' own order; made up from the first file's signature for a batch
-    of 1 if not given. Adds rounds until the half width of every interval is at most `precision` (0.005 = 0.5 %) or
-    `max_seconds` per file have passed, but no fewer than 10 rounds. Times `session.run` as Python calls it, every model
-    warm: the steady state of a process that serves one model.
+    `inputs` are the arrays of one batch: in the models' own order, or by name, which then is their order in a file
+    with other names. They are made up from the first file's signature for a batch of 1 if not given. Adds rounds until
+    the half width of every interval is at most `precision` (0.005 = 0.5 %) or `max_seconds` per file have passed, but
+    no fewer than 10 rounds. Times `session.run` as Python calls it, every model warm: the steady state of a process
+    that serves one model.
     Raises InputError if a file cannot be run or does not take `inputs`.
     """
-    arrays = random_inputs(paths[0]) if inputs is None else tuple(inputs)
-    if not arrays:
+    given = random_inputs(paths[0]) if inputs is None else inputs
+    if not given:
         msg = f"{paths[0]} must have an input to be timed on, got none"
         raise InputError(msg)
     contestants = (*paths, paths[0])  # the last is the baseline again: what it seems to gain is the noise floor
@@ -161,7 +130,7 @@ def time_models(
     rounds: list[_Times] = []
     with tqdm(desc="timing", unit="round", leave=False, disable=None) as progress:
         for index in itertools.count():
-            rounds.append(_time_round(contestants, arrays, threads, index, budget / _MIN_ROUNDS))
+            rounds.append(_time_round(contestants, given, threads, index, budget / _MIN_ROUNDS))
             progress.update()
             seconds = time.perf_counter() - start
             if len(rounds) < _MIN_ROUNDS:
@@ -171,13 +140,35 @@ def time_models(
                 break
     *latencies, noise = (_latency(rounds, model, interval) for model, interval in enumerate(intervals))
     return tuple(latencies), LatencySession(
-        batch_size=len(arrays[0]),
+        batch_size=_batch_size(given),
         threads=threads,
         rounds=len(rounds),
         calls=sum(times.shape[0] * times.shape[2] for times in rounds),
         seconds=seconds,
         noise=noise,
     )
+
+
+def ready_call(path: Path, inputs: _Inputs, *, threads: int) -> Callable[[], object]:
+    """Open a file and run it once on `inputs`; the call that is returned runs it again.
+
+    Raises InputError if it does not take `inputs` or does not run on them.
+    """
+    session = open_session(path, threads=threads)
+    wanted = signature(session, path)
+    arrays = arranged(inputs, [one.name for one in wanted])
+    timed_on = ", ".join(described(array.dtype, array.shape) for array in arrays)
+    if len(wanted) != len(arrays) or not all(one.takes(array) for one, array in zip(wanted, arrays, strict=True)):
+        taken = ", ".join(map(str, wanted))
+        msg = f"{path} must take the inputs that the models are timed on, {timed_on}, got {taken}"
+        raise InputError(msg)
+    call = partial(session.run, None, {one.name: array for one, array in zip(wanted, arrays, strict=True)})
+    try:
+        call()
+    except ERRORS as error:
+        msg = f"{path} must run on the inputs that the models are timed on, {timed_on}: {error}"
+        raise InputError(msg) from error
+    return call
 
 
 def log_ratios(times: _Times) -> NDArray[np.float64]:
@@ -201,10 +192,10 @@ def _latency(rounds: Sequence[_Times], model: int, interval: Interval) -> Latenc
     return Latency(p50_ms=p50_ns / 1e6, ratio=interval.ratio, ratio_low=interval.low, ratio_high=interval.high)
 
 
-def _time_round(paths: Sequence[Path], arrays: tuple[Array, ...], threads: int, index: int, budget: float) -> _Times:
+def _time_round(paths: Sequence[Path], inputs: _Inputs, threads: int, index: int, budget: float) -> _Times:
     """Open every model anew and time it in turns for up to `budget` seconds, or two passes if those take longer."""
     (order,) = visits(len(paths), index, passes=1)
-    calls = {model: _open(paths[model], arrays, threads) for model in order}
+    calls = {model: ready_call(paths[model], inputs, threads=threads) for model in order}
     seconds = {model: _warm_up(calls[model]) for model in order}
     untimed = {model: untimed_calls(seconds[model]) for model in order}
     timed = _between(1, _TIMED_SECONDS / max(seconds.values()), _TIMED_CALLS)
@@ -254,40 +245,6 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _open(path: Path, arrays: tuple[Array, ...], threads: int) -> Callable[[], object]:
-    """A call without arguments that runs the model once. Raises InputError if it does not run on `arrays`."""
-    session = open_session(path, threads=threads)
-    nodes = session.get_inputs()
-    wanted = [(_dtype(node.type, path), tuple(node.shape)) for node in nodes]
-    given = [(array.dtype, array.shape) for array in arrays]
-    if len(wanted) != len(given) or not all(map(_fits, given, wanted)):
-        msg = f"{path} must take the inputs that the models are timed on, {_signature(given)}, got {_signature(wanted)}"
-        raise InputError(msg)
-    call = partial(session.run, None, {node.name: array for node, array in zip(nodes, arrays, strict=True)})
-    try:
-        call()
-    except ERRORS as error:
-        msg = f"{path} must run on the inputs that the models are timed on, {_signature(given)}: {error}"
-        raise InputError(msg) from error
-    return call
-
-
-def _fits(given: tuple[np.dtype, tuple[int, ...]], wanted: tuple[np.dtype, tuple[int | str | None, ...]]) -> bool:
-    dtype, sizes = wanted
-    same_rank = len(given[1]) == len(sizes)
-    return (
-        given[0] == dtype
-        and same_rank
-        and all(not isinstance(size, int) or size == found for found, size in zip(given[1], sizes, strict=True))
-    )
-
-
-def _signature(inputs: Sequence[tuple[np.dtype, tuple[int | str | None, ...]]]) -> str:
-    return ", ".join(f"{dtype} ({', '.join(map(str, sizes))})" for dtype, sizes in inputs)
-
-
-def _dtype(name: str, path: Path) -> np.dtype:
-    if name not in _DTYPES:
-        msg = f"inputs of {path} must be tensors of numbers, got {name!r}"
-        raise InputError(msg)
-    return np.dtype(_DTYPES[name])
+def _batch_size(inputs: _Inputs) -> int:
+    arrays = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next((len(array) for array in arrays if array.ndim), 1)

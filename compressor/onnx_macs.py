@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, ValueInfoProto
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from compressor.onnx_reading import attribute, graphs, stored_tensors
+from compressor.onnx_reading import attribute, graphs, input_names, stored_tensors
 
 Shape: TypeAlias = tuple[int, ...]
 ShapeOf: TypeAlias = Callable[[str], Shape]
@@ -45,9 +45,8 @@ def count_macs(model: ModelProto, inputs: Sequence[Array], directory: Path) -> i
 
 def _shapes(model: ModelProto, tensors: set[str], inputs: Sequence[Array], directory: Path) -> dict[str, Shape]:
     """Shape of each of `tensors`, by name, when the model runs on `inputs`."""
-    stored = stored_tensors(model)
-    shapes: dict[str, Shape] = {name: tuple(tensor.dims) for name, tensor in stored.items()}
-    names = [value.name for value in model.graph.input if value.name not in stored]
+    shapes: dict[str, Shape] = {name: tuple(tensor.dims) for name, tensor in stored_tensors(model).items()}
+    names = input_names(model)
     if len(names) != len(inputs):
         msg = f"it takes {len(names)} inputs, got {len(inputs)}"
         raise ValueError(msg)
@@ -60,6 +59,7 @@ def _shapes(model: ModelProto, tensors: set[str], inputs: Sequence[Array], direc
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the first bytes look like
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     try:
         session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,43 +1,81 @@
 """Read an ONNX file that is not trusted, and walk its graphs; knows no torch."""
 
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes without type information
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]  # comes without type information
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.checker import ValidationError
 from onnx.helper import get_attribute_value
 from onnx.inliner import inline_local_functions
 
+MOST_FILE_BYTES = 2 << 30
+"""A protobuf message holds no more, and is read into memory before that shows."""
+MOST_BYTES = 16 << 30
+"""With external data: such a model is beyond edge devices, and is read, counted and compressed for many minutes."""
+
+_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+
 
 def load_graph(path: Path) -> ModelProto:
-    """Load a model without its external data, functions inlined. Raises ValueError for what is not one."""
+    """Load a model without its external data, functions inlined.
+
+    The file is not trusted. Raises ValueError or OSError unless it is a regular file that holds a model with nodes, of
+    at most `MOST_FILE_BYTES`, of at most `MOST_BYTES` with external data that `external_files` accepts, and every
+    operator is of ONNX or ONNX Runtime itself.
+    """
+    if not path.is_file():
+        msg = "it is not there, or no regular file"
+        raise ValueError(msg)
+    _check_size(path.stat().st_size, MOST_FILE_BYTES, "a file without its external data")
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
+        _check_text(model)
+        if model.functions:
+            model = inline_local_functions(model)
     except DecodeError as error:
         msg = "it is not a protobuf message"
+        raise ValueError(msg) from error
+    except ValidationError as error:
+        msg = f"its functions cannot be inlined: {error}"
         raise ValueError(msg) from error
     if not model.graph.node:
         msg = "its graph has no nodes"
         raise ValueError(msg)
-    return inline_local_functions(model) if model.functions else model
+    _check_domains(model)
+    files = (path, *external_files(model, path.parent))
+    _check_size(sum(file.stat().st_size for file in files), MOST_BYTES, "a file with its external data")
+    return model
 
 
 def external_files(model: ModelProto, directory: Path) -> tuple[Path, ...]:
     """Files that hold tensors of `model`: its external data.
 
-    Raises ValueError if one is not named plainly, as a file in `directory` is.
+    Raises ValueError or OSError unless each is named plainly, as a file in `directory` is, is a regular file to which
+    no other name leads, and has the bytes that the tensors take from it. ONNX Runtime alone would follow a hard link,
+    and so take any file of the same disk for weights.
     """
-    tensors = (tensor for tensor in _tensors(model) if tensor.data_location == TensorProto.EXTERNAL)
-    names = dict.fromkeys(
-        {entry.key: entry.value for entry in tensor.external_data}.get("location", "") for tensor in tensors
-    )
-    for name in names:
-        if name in {"", ".."} or name != Path(name).name:
-            msg = f"external data must lie beside the model, got location {name!r}"
+    sizes: dict[str, int] = {}
+    for tensor in _tensors(model):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        if len(fields) != len(tensor.external_data):
+            keys = [entry.key for entry in tensor.external_data]
+            msg = f"external data must be described by each key once, got {keys!r} for {tensor.name!r}"
             raise ValueError(msg)
-    return tuple(directory / name for name in names)
+        name = fields.get("location", "")
+        if name not in sizes:
+            sizes[name] = _size_of_own_file(directory, name)
+        end = _end(fields)
+        if end > sizes[name]:
+            msg = f"external data must lie within {name!r}, which has {sizes[name]:,} bytes, got an end at {end:,}"
+            raise ValueError(msg)
+    return tuple(directory / name for name in sizes)
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
@@ -69,14 +107,72 @@ def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
     return stored
 
 
+def input_names(model: ModelProto) -> tuple[str, ...]:
+    """Names of what a model takes, in its order: its inputs that have no stored value."""
+    stored = stored_tensors(model)
+    return tuple(value.name for value in model.graph.input if value.name not in stored)
+
+
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """Value of an attribute of the node, or `default` where it is not given."""
     return next((get_attribute_value(given) for given in node.attribute if given.name == name), default)
 
 
+def _check_size(size_bytes: int, most: int, what: str) -> None:
+    if size_bytes > most:
+        msg = f"{what} must have at most {most:,} bytes ({most >> 30} GiB), got {size_bytes:,}"
+        raise ValueError(msg)
+
+
+def _check_text(message: Message) -> None:
+    """Refuse strings that are no UTF-8: protobuf gives them as bytes, and ONNX Runtime stops at them in its own way."""
+    for field, value in message.ListFields():
+        if field.type not in {field.TYPE_STRING, field.TYPE_MESSAGE}:
+            continue
+        for part in (value,) if isinstance(value, str | bytes | Message) else value:
+            if isinstance(part, bytes):
+                msg = f"its names must be text in UTF-8, got {part!r} as {field.full_name}"
+                raise ValueError(msg)
+            if isinstance(part, Message):
+                _check_text(part)
+
+
+def _check_domains(model: ModelProto) -> None:
+    for graph in graphs(model):
+        for node in graph.node:
+            if node.domain not in _DOMAINS:
+                known = ", ".join(sorted(filter(None, _DOMAINS)))
+                msg = f"operators must be of the domains {known}, got {f'{node.domain}.{node.op_type}'!r}"
+                raise ValueError(msg)
+
+
+def _size_of_own_file(directory: Path, name: str) -> int:
+    if name in {"", ".."} or name != Path(name).name:
+        msg = f"external data must lie beside the model, got location {name!r}"
+        raise ValueError(msg)
+    found = (directory / name).lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        msg = f"external data must be a regular file without other links to it, which {name!r} is not; copy it"
+        raise ValueError(msg)
+    return found.st_size
+
+
+def _end(fields: Mapping[str, str]) -> int:
+    """Where a tensor ends in its file; where it begins, if it does not say how long it is."""
+    places = [fields.get(key, "0") for key in ("offset", "length")]
+    if not all(re.fullmatch("[0-9]{1,19}", place) for place in places):
+        msg = f"external data must have whole numbers as offset and length, got {places!r}"
+        raise ValueError(msg)
+    return sum(map(int, places))
+
+
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     for graph in graphs(model):
         yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
         for node in graph.node:
             for given in node.attribute:
                 yield from (given.t, *given.tensors)
+                for sparse in (given.sparse_tensor, *given.sparse_tensors):
+                    yield from (sparse.values, sparse.indices)

@@ -27,7 +27,9 @@ def open_session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: the CPU provider warns about graphs that it runs correctly
+    # its own format, which a file name that ends in .ort would mean, is another parser, and nothing here checks it
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.log_severity_level = 4  # what goes wrong is raised, and a log would show names of the file as they are
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except ERRORS as error:

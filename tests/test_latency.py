@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from numpy.testing import assert_allclose
 from onnx import TensorProto, helper, numpy_helper
@@ -15,34 +14,13 @@ from compressor.errors import InputError
 from compressor.latency import (
     Interval,
     log_ratios,
-    random_inputs,
     ratio_interval,
     t_quantile,
     time_models,
     untimed_calls,
     visits,
 )
-
-
-def convolutions(path: Path, *layers: tuple[int, int], shape: tuple = ("batch", 1, 28, 28)) -> Path:
-    """Write a chain of convolutions; a layer is (output channels, kernel size)."""
-    nodes, weights, channels = [], [], shape[1]
-    for index, (units, kernel) in enumerate(layers):
-        weight = np.full((units, channels, kernel, kernel), 0.05, dtype=np.float32)
-        weights.append(numpy_helper.from_array(weight, f"w{index}"))
-        nodes.append(helper.make_node("Conv", [f"t{index}", f"w{index}"], [f"c{index}"], pads=[kernel // 2] * 4))
-        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"t{index + 1}"]))
-        channels = units
-    nodes[-1].output[0] = "y"
-    return save(path, nodes, weights, {"t0": (TensorProto.FLOAT, shape)})
-
-
-def save(path: Path, nodes: list, weights: list, inputs: dict, kind: int = TensorProto.FLOAT) -> Path:
-    arguments = [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in inputs.items()]
-    result = helper.make_tensor_value_info("y", kind, None)
-    graph = helper.make_graph(nodes, "model", arguments, [result], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
+from onnx_files import convolutions, save
 
 
 @pytest.fixture(scope="module")
@@ -129,36 +107,17 @@ def test_interrupted_calls_do_not_move_the_ratio():
     assert_allclose(log_ratios(interrupted), log_ratios(times), atol=1e-12)
 
 
-def test_made_up_inputs_fit_the_model_and_are_repeatable(tmp_path):
+def test_given_inputs_may_have_any_length_and_the_first_with_a_dimension_has_the_batch(tmp_path):
+    scale = (TensorProto.FLOAT, ())
     path = save(
-        tmp_path / "text.onnx",
-        [helper.make_node("Cast", ["tokens"], ["f"], to=TensorProto.FLOAT), helper.make_node("Add", ["f", "x"], ["y"])],
+        tmp_path / "m.onnx",
+        [helper.make_node("Mul", ["scale", "x"], ["y"])],
         [],
-        {"tokens": (TensorProto.INT64, ("batch", 7)), "x": (TensorProto.FLOAT, ("batch", 7))},
+        {"scale": scale, "x": (TensorProto.FLOAT, ("batch", "length"))},
     )
-    tokens, x = random_inputs(path, batch_size=3, seed=1)
-    assert (tokens.dtype, tokens.shape) == (np.int64, (3, 7))
-    assert set(np.unique(tokens)) <= {0, 1}
-    assert (x.dtype, x.shape) == (np.float32, (3, 7))
-    for first, again in zip((tokens, x), random_inputs(path, batch_size=3, seed=1), strict=True):
-        assert np.array_equal(first, again)
-    assert not np.array_equal(x, random_inputs(path, batch_size=3, seed=2)[1])
-
-
-def test_inputs_of_unknown_length_must_be_given(tmp_path):
-    path = convolutions(tmp_path / "m.onnx", (4, 3), shape=("batch", 1, "height", 28))
-    with pytest.raises(InputError, match=r"'t0' .*m\.onnx must have a batch of 1 .* pass example inputs"):
-        random_inputs(path)
-    image = np.zeros((2, 1, 5, 28), dtype=np.float32)
-    _, session = time_models([path], inputs=[image], precision=1.0)
+    arrays = [np.array(2.0, dtype=np.float32), np.zeros((2, 5), dtype=np.float32)]
+    _, session = time_models([path], inputs=arrays, precision=1.0)
     assert session.batch_size == 2
-
-
-def test_a_fixed_batch_size_must_be_the_one_asked_for(tmp_path):
-    path = convolutions(tmp_path / "m.onnx", (4, 3), shape=(8, 1, 28, 28))
-    with pytest.raises(InputError, match="batch of 1"):
-        random_inputs(path)
-    assert random_inputs(path, batch_size=8)[0].shape == (8, 1, 28, 28)
 
 
 def test_a_model_without_inputs_is_refused(tmp_path):

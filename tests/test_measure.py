@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
-from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnx.helper import make_graph, make_node, make_opsetid, make_tensor_value_info
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.export import Dim
@@ -27,6 +27,7 @@ from compressor.measure import measure
 from compressor.onnx_facts import count_parameters, read_facts
 from compressor.onnx_macs import count_macs
 from compressor.task import Metric, Samples, Task, accuracy
+from onnx_files import graph_model, linear_model, save_external
 
 
 def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, axes: dict[int, str] | None = None) -> Path:
@@ -40,26 +41,8 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, axes: d
     return path
 
 
-def graph_model(
-    *nodes: onnx.NodeProto, weights: dict[str, np.ndarray], shape: tuple[int | str, ...], rank: int = 2
-) -> ModelProto:
-    """A model from x, of `shape`, to y, of `rank` dimensions."""
-    graph = make_graph(
-        nodes,
-        "graph",
-        [make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    return make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10)
-
-
 def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
-
-
-def linear_model(weight: np.ndarray) -> ModelProto:
-    return graph_model(make_node("MatMul", ["x", "w"], ["y"]), weights={"w": weight}, shape=("n", weight.shape[0]))
 
 
 @pytest.fixture(scope="module")
@@ -524,12 +507,6 @@ def test_sparse_tensors_are_refused():
     model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [4, 4]))
     with pytest.raises(ValueError, match="sparse"):
         counted(model)
-
-
-def save_external(directory: Path, weight: np.ndarray) -> Path:
-    path = directory / "model.onnx"
-    onnx.save(linear_model(weight), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    return path
 
 
 def test_external_data_counts_as_part_of_the_model(tmp_path: Path):

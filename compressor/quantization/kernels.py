@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from compressor.errors import StageError
 from compressor.export import capture, translate
-from compressor.latency import Array
+from compressor.onnx_inputs import Array
 from compressor.qdq import simplify_qdq
 from compressor.task import Task
 

@@ -12,7 +12,8 @@ import onnx
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.latency import Array, time_models
+from compressor.latency import time_models
+from compressor.onnx_inputs import Array
 from compressor.parity import spread
 from compressor.quantization.assignment import Handover, Times, cheapest, total_time
 from compressor.quantization.calibration import calibrate

@@ -1,6 +1,8 @@
 """How the numbers and names of a report are written for people."""
 
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 from compressor.report.records import Latency, MetricInfo
 
@@ -55,6 +57,24 @@ def change(metric: MetricInfo, before: float, after: float) -> str:
     if metric.unit == "%":
         return f"{100 * (after - before):+.2f} points"
     return f"{after - before:+.3g} {printable(metric.unit)}".rstrip()
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, such as `1 thread` and `2 threads`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def facts(environment: Mapping[str, Any]) -> list[str]:
+    """Each fact of a machine with its name; what the system does not tell is unknown."""
+    return [f"{name}: {_fact(found)}" for name, found in environment.items()]
+
+
+def _fact(found: Any) -> str:
+    if isinstance(found, Mapping):
+        return ", ".join(f"{name} {_fact(part)}" for name, part in found.items())
+    if isinstance(found, list | tuple):
+        return ", ".join(map(_fact, found))
+    return "unknown" if found is None else str(found)
 
 
 def _factor(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""A report as JSON text, and back."""
+"""A report or a benchmark as JSON text, and a report back."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compressor.errors import InputError
+from compressor.report.benchmark import Benchmark
 from compressor.report.records import Report
 
 
@@ -13,9 +14,9 @@ class _Header(BaseModel):
     schema_version: Any = None
 
 
-def to_json(report: Report) -> str:
+def to_json(found: Report | Benchmark) -> str:
     """Indented JSON; `read_report` gives an equal report back."""
-    return report.model_dump_json(indent=1) + "\n"
+    return found.model_dump_json(indent=1) + "\n"
 
 
 def read_report(path: Path) -> Report:

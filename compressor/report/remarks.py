@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
-from compressor.report.figures import change, milliseconds, printable, size, speed, times, value
+from compressor.report.figures import change, count, milliseconds, printable, size, speed, times, value
 from compressor.report.records import Latency, LatencySession, MetricInfo, Report, Row
 
 _MANY_ZEROS = 0.1
@@ -50,10 +50,17 @@ def timing(report: Report) -> str:
         return "Latency was not measured."
     baseline = report.rows[0].latency
     return (
-        f"Latency: {_count(session.threads, 'thread')}, batch of {session.batch_size}, {session.rounds} rounds with "
-        f"{session.calls} timed calls of each model in {session.seconds:.0f} s"
+        f"Latency: {conditions(session)}"
         + (f"; the baseline takes {milliseconds(baseline.p50_ms)}" if baseline else "")
         + f". Noise floor: the baseline against itself shows {speed(session.noise)}."
+    )
+
+
+def conditions(session: LatencySession) -> str:
+    """How latencies were taken: threads, batch, rounds and calls."""
+    return (
+        f"{count(session.threads, 'thread')}, batch of {session.batch_size}, {session.rounds} rounds with "
+        f"{session.calls} timed calls of each model in {session.seconds:.0f} s"
     )
 
 
@@ -125,7 +132,3 @@ def _worse(before: Row, after: Row, old: str, new: str, metric: MetricInfo) -> I
             f"{new} has a {direction} {printable(metric.name)} than {old}: "
             f"{value(metric, now)} after {value(metric, was)} ({change(metric, was, now)})."
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

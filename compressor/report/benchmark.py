@@ -1,0 +1,131 @@
+"""ONNX files side by side: the record of a benchmark, and its forms for people and machines; knows no torch."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compressor.report.figures import facts, milliseconds, printable, size, speed, times
+from compressor.report.layout import aligned, markdown_bullets, markdown_table
+from compressor.report.records import Latency, LatencySession
+from compressor.report.remarks import conditions
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class Candidate(BaseModel):
+    """One ONNX file."""
+
+    model_config = _FROZEN
+
+    name: str
+    """Of the file, after as many of its directories as tell it from the others."""
+    size_bytes: int
+    """The file with its external data."""
+    transfer_bytes: int
+    """The same bytes after gzip at level 9."""
+    parameters: int | None
+    """Stored weights and biases, without scales and zero points; None if they cannot be counted."""
+    macs: int | None
+    """Multiply-accumulates of one inference of the first batch that was timed; None if they cannot be counted."""
+    uncounted: str | None
+    """Why parameters or MACs are None."""
+
+
+class Timing(BaseModel):
+    """All files timed side by side with one batch and one number of threads."""
+
+    model_config = _FROZEN
+
+    inputs: Mapping[str, str]
+    """Type and shape of each input, by its name in the baseline."""
+    latencies: tuple[Latency, ...]
+    """Of each candidate, in order."""
+    session: LatencySession
+
+
+class Benchmark(BaseModel):
+    """Everything a benchmark found. `candidates[0]` is the baseline."""
+
+    model_config = _FROZEN
+
+    schema_version: Literal[1] = 1
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    timings: tuple[Timing, ...] = Field(min_length=1)
+    environment: Mapping[str, Any]
+    """Machine and versions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Benchmark":
+        if any(len(timing.latencies) != len(self.candidates) for timing in self.timings):
+            msg = "each timing must have a latency for each candidate"
+            raise ValueError(msg)
+        return self
+
+
+def to_table(found: Benchmark) -> str:
+    """Two aligned tables, what the files are and how fast, and how they were timed. Without a final newline."""
+    return "\n\n".join([aligned(file_cells(found)), aligned(latency_cells(found)), "\n".join(notes(found))])
+
+
+def to_markdown(found: Benchmark) -> str:
+    """The same as Markdown, names escaped, with the machine."""
+    sections = [
+        "# Benchmark",
+        markdown_table(file_cells(found)),
+        markdown_table(latency_cells(found)),
+        markdown_bullets(notes(found)),
+        "## Environment",
+        markdown_bullets(facts(found.environment)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def file_cells(found: Benchmark) -> list[list[str]]:
+    """What each file is, one per row, headings first."""
+    baseline = found.candidates[0]
+    batch = found.timings[0].session.batch_size
+    head = ["file", "size", "size vs baseline", "transfer (gzip)", "parameters", f"MACs (batch of {batch})"]
+    return [
+        head,
+        *(
+            [
+                printable(one.name),
+                size(one.size_bytes),
+                "" if one is baseline else times(baseline.size_bytes / one.size_bytes, "smaller", "larger"),
+                size(one.transfer_bytes),
+                *("unknown" if number is None else f"{number:,}" for number in (one.parameters, one.macs)),
+            ]
+            for one in found.candidates
+        ),
+    ]
+
+
+def latency_cells(found: Benchmark) -> list[list[str]]:
+    """How fast each file is in each session, headings first; each session ends with the baseline timed once more."""
+    baseline = printable(found.candidates[0].name)
+    rows = [["file", "batch", "threads", "latency (p50)", "latency vs baseline (95 % interval)"]]
+    for timing in found.timings:
+        setting = [str(timing.session.batch_size), str(timing.session.threads)]
+        named = zip(found.candidates, timing.latencies, strict=True)
+        for one, latency in named:
+            compared = "" if one is found.candidates[0] else speed(latency)
+            rows.append([printable(one.name), *setting, milliseconds(latency.p50_ms), compared])
+        noise = timing.session.noise
+        rows.append([f"{baseline}, again", *setting, milliseconds(noise.p50_ms), speed(noise)])
+    return rows
+
+
+def notes(found: Benchmark) -> list[str]:
+    """How each session was taken, what its noise floor is, and why something was not counted; one line each."""
+    sessions = []
+    for timing in found.timings:
+        inputs = ", ".join(f"{printable(name)} {shape}" for name, shape in timing.inputs.items())
+        sessions.append(f"Latency: {conditions(timing.session)}, on {inputs}.")
+    noise = "The noise floor: what the baseline, timed once more, seems to gain."
+    uncounted = [
+        f"{printable(one.name)} is not counted whole: {printable(one.uncounted)}"
+        for one in found.candidates
+        if one.uncounted is not None
+    ]
+    return [*sessions, noise, *uncounted]

@@ -1,0 +1,148 @@
+"""Arrays for what ONNX files take: made up, or read from an .npz that is not trusted."""
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from compressor.errors import InputError
+from compressor.onnx_inputs import arranged, random_inputs, read_inputs
+from onnx_files import convolutions, save
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Tokens of 64 bits and a mask of floats, both (batch, length)."""
+    return save(
+        tmp_path / "text.onnx",
+        [helper.make_node("Cast", ["tokens"], ["f"], to=TensorProto.FLOAT), helper.make_node("Add", ["f", "x"], ["y"])],
+        [],
+        {"tokens": (TensorProto.INT64, ("batch", "length")), "x": (TensorProto.FLOAT, ("batch", "length"))},
+    )
+
+
+def test_made_up_inputs_fit_the_model_and_are_repeatable(text):
+    found = random_inputs(text, batch_size=3, sizes={"length": 7}, seed=1)
+    tokens, x = found["tokens"], found["x"]
+    assert (tokens.dtype, tokens.shape) == (np.int64, (3, 7))
+    assert set(np.unique(tokens)) <= {0, 1}
+    assert (x.dtype, x.shape) == (np.float32, (3, 7))
+    again = random_inputs(text, batch_size=3, sizes={"length": 7}, seed=1)
+    assert all(np.array_equal(found[name], again[name]) for name in ("tokens", "x"))
+    assert not np.array_equal(x, random_inputs(text, batch_size=3, sizes={"length": 7}, seed=2)["x"])
+
+
+def test_inputs_of_unknown_length_must_be_given(text):
+    with pytest.raises(
+        InputError, match=r"'tokens' .*text\.onnx must have known sizes .*'length'.*--dimension.*--inputs"
+    ):
+        random_inputs(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("lenght", "did you mean 'length'"), ("batch", r"'length'\), got 'batch'")]
+)
+def test_a_size_must_be_that_of_a_dimension_after_the_batch(text, name, message):
+    with pytest.raises(InputError, match=message):
+        random_inputs(text, sizes={"length": 7, name: 7})
+
+
+def test_a_fixed_batch_size_must_be_the_one_asked_for(tmp_path):
+    path = convolutions(tmp_path / "m.onnx", (4, 3), shape=(8, 1, 28, 28))
+    with pytest.raises(InputError, match="batch of 1"):
+        random_inputs(path)
+    assert random_inputs(path, batch_size=8)["t0"].shape == (8, 1, 28, 28)
+
+
+def test_what_is_no_tensor_of_numbers_cannot_be_made_up(tmp_path):
+    node = helper.make_node("Identity", ["x"], ["y"])
+    path = save(tmp_path / "m.onnx", [node], [], {"x": (TensorProto.STRING, (1,))}, TensorProto.STRING)
+    with pytest.raises(InputError, match=r"m\.onnx must be tensors of numbers, got 'tensor\(string\)'"):
+        random_inputs(path)
+
+
+ARRAYS = {"tokens": np.arange(6).reshape(2, 3), "x": np.ones((2, 3), np.float32)}
+
+
+def test_given_inputs_are_those_of_the_file(text, tmp_path):
+    # columns first, as a transposed array is: ONNX Runtime would copy it at each call
+    np.savez(tmp_path / "in.npz", x=np.asfortranarray(ARRAYS["x"]), tokens=ARRAYS["tokens"])
+    found = read_inputs(tmp_path / "in.npz", text)
+    assert list(found) == ["tokens", "x"]
+    for name, array in found.items():
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(array, ARRAYS[name])
+        assert array.dtype == ARRAYS[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"mask": ARRAYS["x"]},
+            r"each input of .*text\.onnx, 'tokens', 'x', and no other; missing: .*unexpected: .'mask'",
+        ),
+        ({"x": np.ones((2, 3))}, r"'x' in .*in\.npz must be float32 .*, got float64 \(2, 3\)"),
+        ({"x": np.ones((2, 3), ">f4")}, "'x' .* must be float32"),
+        ({"x": np.ones(2, np.float32)}, r"'x' .*, got float32 \(2,\)"),
+        ({"x": np.ones((0, 3), np.float32)}, "at least one sample"),
+        ({"x": np.array([{}], dtype=object)}, "must be an .npz of plain arrays.*pickle"),
+    ],
+    ids=["name", "type", "byte order", "rank", "empty", "object"],
+)
+def test_given_inputs_that_do_not_fit_are_refused(text, tmp_path, changed, message):
+    np.savez(tmp_path / "in.npz", **ARRAYS | changed)
+    with pytest.raises(InputError, match=message):
+        read_inputs(tmp_path / "in.npz", text)
+
+
+def test_a_missing_array_is_named(text, tmp_path):
+    np.savez(tmp_path / "in.npz", tokens=ARRAYS["tokens"])
+    with pytest.raises(InputError, match=r"missing: .'x'., unexpected: \[\]"):
+        read_inputs(tmp_path / "in.npz", text)
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_what_is_no_npz_is_refused_and_nothing_is_unpickled(text, tmp_path):
+    np.save(tmp_path / "single.npy", ARRAYS["x"])
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    np.savez(tmp_path / "objects.npz", tokens=ARRAYS["tokens"], x=np.array([Trap(tmp_path / "sprung")], dtype=object))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name in ("single.npy", "pickle.npz", "objects.npz", "empty.npz", "missing.npz", "."):
+        with pytest.raises(InputError, match=r"must be an \.npz of plain arrays"):
+            read_inputs(tmp_path / name, text)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_damaged_npz_gives_arrays_or_an_input_error_and_nothing_else(text, tmp_path):
+    file, choices = tmp_path / "in.npz", random.Random(0)
+    np.savez_compressed(file, **ARRAYS)
+    content, refused = file.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(choices.choice([1, 3])):
+            damaged[choices.randrange(len(content))] ^= choices.randrange(1, 256)
+        file.write_bytes(bytes(damaged))
+        try:
+            read_inputs(file, text)
+        except InputError:
+            refused += 1
+    assert refused > 100
+
+
+def test_inputs_go_by_name_where_a_file_has_the_same_names():
+    named = {"a": ARRAYS["x"], "b": ARRAYS["tokens"]}
+    assert [array.dtype for array in arranged(named, ["b", "a"])] == [np.int64, np.float32]
+    assert [array.dtype for array in arranged(named, ["input", "mask"])] == [np.float32, np.int64]

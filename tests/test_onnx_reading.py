@@ -1,0 +1,225 @@
+"""ONNX files that are not trusted: what would harm whoever opens them is refused before that."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto, TensorProto, numpy_helper
+from onnx.helper import make_function, make_graph, make_node, make_opsetid, make_sparse_tensor, make_tensor_value_info
+
+from compressor.errors import InputError
+from compressor.onnx_reading import MOST_BYTES, MOST_FILE_BYTES, external_files, load_graph
+from compressor.runtime import open_session
+from onnx_files import graph_model, linear_model, save_external
+
+WEIGHT = np.ones((4, 4), np.float32)
+
+
+def relu(domain: str = "", operator: str = "Relu") -> ModelProto:
+    return graph_model(make_node(operator, ["x"], ["y"], domain=domain), weights={}, shape=("n", 4))
+
+
+def described_by(*fields: tuple[str, str]) -> Callable[[TensorProto], None]:
+    """Describe the external data of a tensor by these keys and values instead."""
+
+    def change(tensor: TensorProto) -> None:
+        del tensor.external_data[:]
+        for key, value in fields:
+            tensor.external_data.add(key=key, value=value)
+
+    return change
+
+
+def with_external_data(directory: Path, change: Callable[[TensorProto], None]) -> Path:
+    """A model whose weight, 64 bytes, lies in model.onnx.data, then `change`d."""
+    path = save_external(directory, WEIGHT)
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph.initializer[0])
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_external_data_of_its_own_is_found(tmp_path):
+    path = save_external(tmp_path, WEIGHT)
+    assert external_files(load_graph(path), tmp_path) == (tmp_path / "model.onnx.data",)
+    path = with_external_data(tmp_path, described_by(("location", "model.onnx.data")))  # as long as the tensor is
+    assert external_files(load_graph(path), tmp_path) == (tmp_path / "model.onnx.data",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([("location", "../secret")], "must lie beside the model, got location '../secret'"),
+        ([("location", "/etc/hostname")], "must lie beside the model"),
+        ([("location", "*/_ORT_MEM_ADDR_/*"), ("offset", "4096"), ("length", "64")], "must lie beside the model"),
+        ([("location", "model.onnx.data"), ("location", "../secret")], "by each key once"),
+        ([("location", "model.onnx.data"), ("offset", "8"), ("length", "64")], "has 64 bytes, got an end at 72"),
+        ([("location", "model.onnx.data"), ("offset", "65")], "has 64 bytes, got an end at 65"),
+        ([("location", "model.onnx.data"), ("offset", "-4")], "whole numbers"),
+        ([("location", "model.onnx.data"), ("length", "9" * 30)], "whole numbers"),
+        ([("location", "model.onnx.data"), ("length", "6_4")], "whole numbers"),
+    ],
+)
+def test_external_data_that_is_not_plainly_within_its_file_is_refused(tmp_path, fields, message):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(64))
+    path = with_external_data(tmp_path / "model", described_by(*fields))
+    with pytest.raises(ValueError, match=message):
+        load_graph(path)
+
+
+def test_hard_link_that_onnx_runtime_follows_is_refused(tmp_path):
+    path, secret = save_external(tmp_path, WEIGHT), tmp_path / "secret"
+    secret.write_bytes(bytes(64))
+    (tmp_path / "model.onnx.data").unlink()
+    (tmp_path / "model.onnx.data").hardlink_to(secret)
+    onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with pytest.raises(ValueError, match=r"without other links to it, which 'model\.onnx\.data' is not"):
+        load_graph(path)
+
+
+def test_symbolic_link_is_refused(tmp_path):
+    path = save_external(tmp_path, WEIGHT)
+    (tmp_path / "model.onnx.data").rename(tmp_path / "other")
+    (tmp_path / "model.onnx.data").symlink_to("other")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        load_graph(path)
+
+
+def in_a_sparse_tensor(model: ModelProto, tensor: TensorProto) -> None:
+    indices = numpy_helper.from_array(np.array([0, 5]), "indices")
+    values = numpy_helper.from_array(np.ones(2, np.float32), "values")
+    sparse = make_sparse_tensor(values, indices, [4, 4])
+    sparse.values.CopyFrom(tensor)
+    model.graph.sparse_initializer.append(sparse)
+
+
+def in_an_attribute(model: ModelProto, tensor: TensorProto) -> None:
+    model.graph.node.append(make_node("Constant", [], ["c"], value=tensor))
+
+
+def in_a_branch(model: ModelProto, tensor: TensorProto) -> None:
+    branch = make_graph([], "branch", [], [make_tensor_value_info("w", TensorProto.FLOAT, None)], [tensor])
+    model.graph.node.append(make_node("If", ["x"], ["c"], then_branch=branch, else_branch=branch))
+
+
+def in_a_function(model: ModelProto, tensor: TensorProto) -> None:
+    body = [make_node("Constant", [], ["b"], value=tensor)]
+    model.functions.append(make_function("mine", "F", [], ["b"], body, [make_opsetid("", 21)]))
+    model.opset_import.append(make_opsetid("mine", 1))
+    model.graph.node.append(make_node("F", [], ["c"], domain="mine"))
+
+
+@pytest.mark.parametrize("hide", [in_a_sparse_tensor, in_an_attribute, in_a_branch, in_a_function])
+def test_external_data_is_found_wherever_a_tensor_is(tmp_path, hide):
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    model = relu()
+    hide(model, tensor)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="must lie beside the model, got location '/etc/hostname'"):
+        load_graph(tmp_path / "model.onnx")
+
+
+def nested(domain: str) -> ModelProto:
+    branch = make_graph(
+        [make_node("Evil", ["x"], ["z"], domain=domain)],
+        "branch",
+        [],
+        [make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
+    node = make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
+    return graph_model(node, weights={"yes": np.array(True)}, shape=("n", 4))
+
+
+def called(domain: str) -> ModelProto:
+    model = relu("mine", "F")
+    body = [make_node("Evil", ["a"], ["b"], domain=domain)]
+    opsets = [make_opsetid("", 21), make_opsetid(domain, 1)]
+    model.functions.append(make_function("mine", "F", ["a"], ["b"], body, opsets))
+    model.opset_import.extend([make_opsetid("mine", 1), make_opsetid(domain, 1)])
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [relu("evil\x1b[31m", "Evil"), nested("evil\x1b[31m"), called("evil\x1b[31m")],
+    ids=["graph", "branch", "function"],
+)
+def test_operator_of_an_unknown_domain_is_refused_wherever_it_is(tmp_path, model):
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        ValueError, match=r"of the domains ai\.onnx, ai\.onnx\.ml, com\.microsoft, got 'evil.x1b.31m\.Evil'"
+    ):
+        load_graph(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx", "ai.onnx.ml", "com.microsoft"])
+def test_operator_of_onnx_or_onnx_runtime_is_taken(tmp_path, domain):
+    (tmp_path / "model.onnx").write_bytes(relu(domain).SerializeToString())
+    assert load_graph(tmp_path / "model.onnx").graph.node[0].domain == domain
+
+
+def test_function_that_calls_itself_is_refused(tmp_path):
+    model, opsets = relu("mine", "F"), [make_opsetid("", 21), make_opsetid("mine", 1)]
+    model.opset_import.append(opsets[1])
+    model.functions.append(
+        make_function("mine", "F", ["a"], ["b"], [make_node("F", ["a"], ["b"], domain="mine")], opsets)
+    )
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="functions cannot be inlined"):
+        load_graph(tmp_path / "model.onnx")
+
+
+def test_file_that_is_larger_than_a_protobuf_message_is_not_read(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(linear_model(WEIGHT).SerializeToString())
+    os.truncate(path, MOST_FILE_BYTES + 1)  # a hole, which takes no room
+    with pytest.raises(ValueError, match=r"at most 2,147,483,648 bytes \(2 GiB\), got 2,147,483,649"):
+        load_graph(path)
+
+
+def test_external_data_that_is_larger_than_any_edge_device_is_refused(tmp_path):
+    path = save_external(tmp_path, WEIGHT)
+    os.truncate(tmp_path / "model.onnx.data", MOST_BYTES)
+    with pytest.raises(ValueError, match=r"with its external data must have at most 17,179,869,184 bytes \(16 GiB\)"):
+        load_graph(path)
+
+
+@pytest.mark.parametrize("text", [b"y", b"Relu", b"graph"])
+def test_names_that_are_no_text_are_refused(tmp_path, text):
+    content = relu().SerializeToString()
+    (tmp_path / "model.onnx").write_bytes(content.replace(text, b"\xb9" * len(text)))
+    with pytest.raises(ValueError, match=r"must be text in UTF-8, got b'.xb9"):
+        load_graph(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x08\x0a", "no nodes"),
+        (linear_model(WEIGHT).SerializeToString()[:-20], "no protobuf message|is not a protobuf message"),
+        (None, "no regular file"),
+    ],
+    ids=["empty graph", "truncated", "pipe"],
+)
+def test_what_is_no_whole_model_is_refused(tmp_path, content, message):
+    path = tmp_path / "model.onnx"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_graph(path)
+
+
+def test_file_is_read_as_onnx_whatever_its_name_and_first_bytes_say(tmp_path):
+    model = relu()
+    model.producer_name = "ORTM"  # where ONNX Runtime looks for the mark of its own format
+    (tmp_path / "model.ort").write_bytes(model.SerializeToString())
+    assert load_graph(tmp_path / "model.ort").graph.node
+    assert open_session(tmp_path / "model.ort", threads=1).get_inputs()[0].name == "x"
+    (tmp_path / "other.ort").write_bytes(b"\x08\x00\x00\x00ORTM")
+    with pytest.raises(InputError, match=r"other\.ort must be a model that ONNX Runtime can run"):
+        open_session(tmp_path / "other.ort", threads=1)
