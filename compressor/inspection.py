@@ -11,6 +11,7 @@ from compressor.layers import LayerOutput, layer_outputs, layer_paths
 from compressor.plugins import Reference, beside, user_errors
 from compressor.preflight import as_task
 from compressor.report.figures import printable
+from compressor.report.layout import aligned
 from compressor.task import Task
 
 
@@ -48,12 +49,9 @@ def to_table(model: ModelLayers) -> str:
         [printable(output.path), output.kind, _shape(output, model.batch_size), f"{output.parameters:,}"]
         for output in model.outputs
     ]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    rows = [head, ["-" * width for width in widths], *body]
-    lines = ["  ".join([*map(str.ljust, texts, widths), number.rjust(widths[-1])]) for *texts, number in rows]
     silent = [f"never called, or without a tensor: {', '.join(map(printable, model.without_output))}"]
     title = f"{printable(model.name)}: {model.parameters:,} parameters"
-    return "\n".join([title, *lines, *(silent if model.without_output else [])])
+    return "\n".join([title, aligned([head, *body], left=3), *(silent if model.without_output else [])])
 
 
 def _inspect(reference: Reference, task: Task, *, seed: int) -> ModelLayers:

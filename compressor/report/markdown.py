@@ -1,13 +1,13 @@
 """A report as Markdown, for repositories and reviews."""
 
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from compressor.report.figures import printable
 from compressor.report.int8 import described, layer_cells, outcome
+from compressor.report.layout import escape, markdown_bullets, markdown_table
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
 from compressor.report.records import Preparation, Report, Row
 from compressor.report.remarks import headline, remarks, timing
@@ -18,37 +18,21 @@ def to_markdown(report: Report) -> str:
     """Headline, table, remarks, verdicts, how it was measured and how to do it again. Names are escaped throughout."""
     sections = [
         f"# {escape(report.pipeline)}\n\n{escape(headline(report))}",
-        _table(cells(report)),
-        _bullets(remarks(report)),
+        markdown_table(cells(report)),
+        markdown_bullets(remarks(report)),
         _section("What compression changed", _changes(report)),
-        _section("Gate", _bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
+        _section("Gate", markdown_bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
         _section("Training", _training(report)),
         _section("Int8", _int8(report)),
         _section("How it was measured", _method(report)),
-        _section("Environment", _bullets(_facts(report.environment))),
+        _section("Environment", markdown_bullets(_facts(report.environment))),
         _section("How to reproduce it", _reproduction(report)),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def escape(text: str) -> str:
-    r"""`text` on one line, as text: no markup, table cell or HTML may begin in it."""
-    harmless = printable(text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*\[|~])", r"\\\1", harmless)
-
-
 def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
-
-
-def _bullets(texts: Sequence[str]) -> str:
-    return "\n".join(f"- {escape(text)}" for text in texts)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(map(escape, row))} |" for row in rows)
-    rule = "|---" + "|--:" * (len(rows[0]) - 1) + "|"
-    return "\n".join([head, rule, *body])
 
 
 def _changes(report: Report) -> str:
@@ -58,26 +42,26 @@ def _changes(report: Report) -> str:
     classes, samples = class_cells(report), sample_cells(report)
     parts = [
         escape(summary(report)),
-        _table(quality_cells(report)),
-        _bullets(meanings(report)),
+        markdown_table(quality_cells(report)),
+        markdown_bullets(meanings(report)),
         "The classes that lost most:" if classes else "No class is recognized less often than by the baseline.",
-        _table(classes) if classes else "",
+        markdown_table(classes) if classes else "",
         "The samples whose class lost most probability, numbered from 0 in the order of the test split:"
         if samples
         else "No sample's class is less probable than to the baseline.",
-        _table(samples) if samples else "",
+        markdown_table(samples) if samples else "",
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def _training(report: Report) -> str:
     """How each loss went down, and what was made ready for it; empty if no stage did either."""
-    parts = [_bullets([_readiness(preparation) for preparation in report.preparations])]
+    parts = [markdown_bullets([_readiness(preparation) for preparation in report.preparations])]
     for row in report.rows:
         if row.losses:
             epochs = "1 epoch" if len(row.losses) == 1 else f"{len(row.losses)} epochs"
             parts += [escape(f"{row.stage}, {epochs}; losses are means over an epoch, before their weights:")]
-            parts += [_table(_loss_cells(row))]
+            parts += [markdown_table(_loss_cells(row))]
     return "\n\n".join(filter(None, parts))
 
 
@@ -88,10 +72,13 @@ def _int8(report: Report) -> str:
         if (found := row.quantization) is None:
             continue
         lines = [described(found.deployment), *([outcome(found.fallback, found.deployment)] if found.fallback else [])]
-        parts.append(_bullets([f"{row.stage}: {line}" for line in lines]))
+        parts.append(markdown_bullets([f"{row.stage}: {line}" for line in lines]))
         if table := layer_cells(found):
             shown = f"the {len(table) - 1} of {len(found.layers)} layers that make most noise"
-            parts += [escape(f"{row.stage}, {shown}, on {found.layer_samples} validation samples:"), _table(table)]
+            parts += [
+                escape(f"{row.stage}, {shown}, on {found.layer_samples} validation samples:"),
+                markdown_table(table),
+            ]
     return "\n\n".join(parts)
 
 

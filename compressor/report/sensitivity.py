@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compressor.errors import InputError
 from compressor.report.figures import change, printable, value
-from compressor.report.markdown import escape
+from compressor.report.layout import aligned, escape, markdown_table
 from compressor.report.records import Sensitivity
 
 FILE_NAME = "sensitivity.json"
@@ -33,26 +33,18 @@ def read_sensitivity(path: Path) -> Sensitivity:
 
 def to_table(found: Sensitivity) -> str:
     """Heading and aligned table: one row per group, one column per ratio. No final newline."""
-    head, *body = _cells(found)
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    rows = [head, ["-" * width for width in widths], *body]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]).rstrip() for name, *numbers in rows
-    ]
-    return "\n".join([heading(found), *lines])
+    return f"{heading(found)}\n{aligned(_cells(found))}"
 
 
 def to_markdown(found: Sensitivity, *, picture: str) -> str:
     """The table with how it was measured; `picture` is the name of the file that `to_svg` was written to."""
-    head, *body = (f"| {' | '.join(map(escape, row))} |" for row in _cells(found))
-    rule = "|---" + "|--:" * (len(found.ratios) + 1) + "|"
     criterion = escape(found.criterion)
     return (
         "\n\n".join(
             [
                 "# Sensitivity",
                 escape(heading(found)),
-                "\n".join([head, rule, *body]),
+                markdown_table(_cells(found)),
                 f"![{escape(heading(found))}]({picture})",
                 f"Each value is of a model that lost channels of this one group, those with the smallest {criterion} "
                 "scores, and was not trained again.",

@@ -1,21 +1,16 @@
 """A report as plain text for a terminal."""
 
-from collections.abc import Sequence
-
 from compressor.report.figures import change, milliseconds, printable, size, speed, value
+from compressor.report.layout import aligned
 from compressor.report.records import Report, Row
 from compressor.report.remarks import remarks, timing
 
 
 def to_table(report: Report) -> str:
     """Aligned table, remarks and verdicts; ASCII unless a name of the user's is not. Without a final newline."""
-    head, *body = cells(report)
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    rule = ["-" * width for width in widths]
-    lines = [_aligned(row, widths) for row in (head, rule, *body)]
     notes = [timing(report), *remarks(report)]
     verdicts = [f"Gate, {verdict.status}: {printable(verdict.message)}" for verdict in report.verdicts]
-    return "\n".join([*lines, "", *notes, *([""] if verdicts else []), *verdicts])
+    return "\n".join([aligned(cells(report)), "", *notes, *([""] if verdicts else []), *verdicts])
 
 
 def cells(report: Report) -> list[list[str]]:
@@ -41,9 +36,3 @@ def _row_cells(row: Row, report: Report) -> list[str]:
         before, after = baseline.measurement.metrics[metric.name], found.metrics[metric.name]
         texts += [value(metric, after), "" if row is baseline else change(metric, before, after)]
     return texts
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *numbers = row
-    padded = [name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))]
-    return "  ".join(padded).rstrip()

@@ -5,7 +5,8 @@ import sys
 
 from example_report import chain, classifiers, fidelity, latency, prepared, report, row
 
-from compressor.report.markdown import escape, to_markdown
+from compressor.report.layout import escape
+from compressor.report.markdown import to_markdown
 from compressor.report.records import MetricInfo, Verdict
 from compressor.report.remarks import remarks
 
