@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.report.figures import printable
+from compressor.report.gate import sentence
 from compressor.report.int8 import described, layer_cells, outcome
 from compressor.report.layout import escape, markdown_bullets, markdown_table
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
@@ -21,7 +22,7 @@ def to_markdown(report: Report) -> str:
         markdown_table(cells(report)),
         markdown_bullets(remarks(report)),
         _section("What compression changed", _changes(report)),
-        _section("Gate", markdown_bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
+        _section("Gate", markdown_bullets([sentence(verdict) for verdict in report.verdicts])),
         _section("Training", _training(report)),
         _section("Int8", _int8(report)),
         _section("How it was measured", _method(report)),
