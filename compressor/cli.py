@@ -16,7 +16,7 @@ from compressor.report.gate import exit_code
 from compressor.report.json import read_report, to_json
 from compressor.report.table import to_table
 
-# ruff: noqa: PLC0415  # `--help`, `stages` and `report` answer without torch: a command imports what it needs
+# ruff: noqa: PLC0415  # `--help`, `stages`, `report` and `diff` answer without torch: a command imports what it needs
 
 _OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one setting.")
 _RUNS = click.option(
@@ -109,6 +109,19 @@ def report(directory: Path, *, as_json: bool) -> int:
     """Print the report of a run DIRECTORY again."""
     found = read_report(directory / "report.json")
     click.echo(to_json(found) if as_json else to_table(found))
+    return 0
+
+
+@compress.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of plain text.")
+def diff(old: Path, new: Path, *, as_markdown: bool) -> int:
+    """Print what changed from the OLD report.json to the NEW: settings, stages, models and environment."""
+    from compressor.report.difference import differences, to_markdown, to_text
+
+    changes = differences(read_report(old), read_report(new))
+    click.echo(to_markdown(changes).rstrip("\n") if as_markdown else to_text(changes))
     return 0
 
 
