@@ -12,8 +12,9 @@ from typing import NoReturn
 
 import click
 
-from compressor.errors import CompressorError, ConfigError
-from compressor.report.gate import exit_code
+from compressor.errors import CompressorError, ConfigError, InputError
+from compressor.report.figures import printable
+from compressor.report.gate import exit_code, sentence
 from compressor.report.github import append_summary, inert, problem_annotation, verdict_annotations
 from compressor.report.json import read_report, to_json
 from compressor.report.records import Verdict
@@ -129,6 +130,44 @@ def report(directory: Path, *, as_json: bool) -> int:
     else:
         _say(to_table(found))
     return 0
+
+
+@compress.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), required=True, help="An earlier report.json of the same pipeline."
+)
+@click.option("--budget", type=click.Path(path_type=Path), help="YAML file that says how much worse may be what.")
+@_JUNIT
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts and the exit code as JSON.")
+def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, *, as_json: bool) -> int:
+    """Compare what a run delivered, by its REPORT (report.json), with what an earlier run did.
+
+    Without a budget file sizes may grow by 2 %, the speed over the float baseline may fall by 10 %, and each metric may
+    drop by 0.01. Exit codes: 0 within the budget, 3 a limit is not met, 4 one cannot be decided or there is nothing
+    to compare with, 2 budget file, 5 the report itself.
+    """
+    from compressor.budget_file import load_budget
+    from compressor.report.budget import Budget, compare, incomparable
+    from compressor.report.layout import escape, markdown_bullets
+
+    allowed = load_budget(budget) if budget else Budget()
+    found = read_report(report)
+    try:
+        verdicts = compare(allowed, found, read_report(baseline))
+    except InputError as error:
+        verdicts = (incomparable(str(error)),)
+    code = exit_code(verdicts)
+    sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
+    if as_json:
+        told = [verdict.model_dump(mode="json") for verdict in verdicts]
+        click.echo(json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1))
+    else:
+        _say("\n".join(map(printable, sentences)))
+    _publish(f"## {escape(f'Gate of {found.pipeline}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
+    if junit:
+        _write_junit(junit, found.pipeline, verdicts)
+    return code
 
 
 @compress.command()
