@@ -5,19 +5,22 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from compressor.errors import CompressorError, ConfigError
+from compressor.errors import CompressorError, ConfigError, InputError
 from compressor.report.figures import printable
-from compressor.report.gate import exit_code
+from compressor.report.gate import exit_code, sentence
+from compressor.report.github import append_summary, inert, problem_annotation, verdict_annotations
 from compressor.report.json import read_report, to_json
+from compressor.report.records import Verdict
 from compressor.report.table import to_table
 
-# ruff: noqa: PLC0415  # `--help`, `stages` and `report` answer without torch: a command imports what it needs
+# ruff: noqa: PLC0415  # much answers without torch: a command imports what it needs
 
 _OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one setting.")
 _RUNS = click.option(
@@ -29,9 +32,17 @@ _RUNS = click.option(
 )
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 _DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+_JUNIT = click.option(
+    "--junit",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a JUnit XML file with one test case per limit.",
+)
 
 _IS_MAIN = os.environ.get("RANK", "0") == "0"
 """Under torchrun one process speaks for all."""
+_IN_ACTIONS = os.environ.get("GITHUB_ACTIONS") == "true"
+"""Whether a runner of GitHub reads what is printed."""
 
 
 class Interrupted(BaseException):
@@ -54,7 +65,8 @@ def compress() -> None:
 @_RUNS
 @_DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_json: bool) -> int:
+@_JUNIT
+def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_json: bool, junit: Path | None) -> int:
     """Run a pipeline FILE; stages whose result is stored are not run again.
 
     Ends with the path of the report. Exit codes: 0 done and gates met, 2 pipeline file, 3 gate unmet, 4 gate
@@ -67,6 +79,7 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
     from compressor.config import load
     from compressor.pipeline import run as run_pipeline
     from compressor.plugins import beside
+    from compressor.report.markdown import to_markdown
 
     with beside(file.parent):
         pipeline = load(file, overrides)
@@ -77,8 +90,11 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
-        click.echo(to_table(found))
-        click.echo(f"\n{directory / Path(found.rows[-1].model_file).name}\n{directory / 'report.json'}")
+        _say(to_table(found))
+        _say(f"\n{directory / Path(found.rows[-1].model_file).name}\n{directory / 'report.json'}")
+    _publish(to_markdown(found), found.verdicts)
+    if junit:
+        _write_junit(junit, found.pipeline, found.verdicts)
     return exit_code(found.verdicts)
 
 
@@ -109,7 +125,62 @@ def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> in
 def report(directory: Path, *, as_json: bool) -> int:
     """Print the report of a run DIRECTORY again."""
     found = read_report(directory / "report.json")
-    click.echo(to_json(found) if as_json else to_table(found))
+    if as_json:
+        click.echo(to_json(found))
+    else:
+        _say(to_table(found))
+    return 0
+
+
+@compress.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), required=True, help="An earlier report.json of the same pipeline."
+)
+@click.option("--budget", type=click.Path(path_type=Path), help="YAML file that says how much worse may be what.")
+@_JUNIT
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts and the exit code as JSON.")
+def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, *, as_json: bool) -> int:
+    """Compare what a run delivered, by its REPORT (report.json), with what an earlier run did.
+
+    Without a budget file sizes may grow by 2 %, the speed over the float baseline may fall by 10 %, and each metric may
+    drop by 0.01. Exit codes: 0 within the budget, 3 a limit is not met, 4 one cannot be decided or there is nothing
+    to compare with, 2 budget file, 5 the report itself.
+    """
+    from compressor.budget_file import load_budget
+    from compressor.report.budget import Budget, compare, incomparable
+    from compressor.report.layout import escape, markdown_bullets
+
+    allowed = load_budget(budget) if budget else Budget()
+    found = read_report(report)
+    try:
+        verdicts = compare(allowed, found, read_report(baseline))
+    except InputError as error:
+        verdicts = (incomparable(str(error)),)
+    code = exit_code(verdicts)
+    sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
+    if as_json:
+        told = [verdict.model_dump(mode="json") for verdict in verdicts]
+        click.echo(json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1))
+    else:
+        _say("\n".join(map(printable, sentences)))
+    _publish(f"## {escape(f'Gate of {found.pipeline}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
+    if junit:
+        _write_junit(junit, found.pipeline, verdicts)
+    return code
+
+
+@compress.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of plain text.")
+def diff(old: Path, new: Path, *, as_markdown: bool) -> int:
+    """Print what changed from the OLD report.json to the NEW: settings, stages, models and environment."""
+    from compressor.report.difference import differences, to_markdown, to_text
+
+    changes = differences(read_report(old), read_report(new))
+    _say(to_markdown(changes).rstrip("\n") if as_markdown else to_text(changes))
+    _publish(to_markdown(changes))
     return 0
 
 
@@ -251,7 +322,8 @@ def bench(
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
-        click.echo(shown.to_markdown(found).rstrip() if as_markdown else shown.to_table(found))
+        _say(shown.to_markdown(found).rstrip() if as_markdown else shown.to_table(found))
+    _publish(shown.to_markdown(found))
     return 0
 
 
@@ -290,12 +362,39 @@ def main() -> NoReturn:
     except CompressorError as error:
         if _IS_MAIN or not isinstance(error, ConfigError):  # the others read the same file
             # it may quote names from a file that is not trusted
-            click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
+            _say("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
+        if _IS_MAIN and _IN_ACTIONS and isinstance(error, ConfigError):
+            workspace = Path(os.environ.get("GITHUB_WORKSPACE", "."))
+            for problem in error.problems:
+                click.echo(problem_annotation(problem, workspace), err=True)
         code = error.exit_code
     except Interrupted as interruption:
         click.echo(f"{interruption}; for a run, the same command goes on from the last stored stage", err=True)
         code = interruption.exit_code
     sys.exit(code)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print a text for people."""
+    click.echo(inert(text) if _IN_ACTIONS else text, err=err)
+
+
+def _publish(markdown: str, verdicts: Sequence[Verdict] = ()) -> None:
+    """In GitHub Actions, add `markdown` to the summary of the step and annotate what is not met."""
+    if not _IN_ACTIONS:
+        return
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_summary(markdown, Path(summary))
+    for command in verdict_annotations(verdicts):
+        click.echo(command, err=True)  # a runner reads both streams, and standard output may be JSON
+
+
+def _write_junit(file: Path, name: str, verdicts: Sequence[Verdict]) -> None:
+    from compressor.disk import make_directory, write_atomically
+    from compressor.report.junit import to_junit
+
+    make_directory(file.parent)
+    write_atomically(file, to_junit(name, verdicts))
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

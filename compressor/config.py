@@ -15,7 +15,7 @@ from compressor.chain import PlannedStage, find_stage, plan
 from compressor.errors import ConfigError, Problem
 from compressor.plugins import Reference, beside, call_faults, is_path, stage_names
 from compressor.report.gate import Gate
-from compressor.validation import dotted, shown, validate
+from compressor.validation import dotted, read_mapping, shown, validate
 from compressor.yaml_source import KeyPath, Node, Place
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -165,13 +165,7 @@ def _file_order(problem: Problem) -> tuple[bool, int, int]:
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
     """Raises ConfigError if there is no mapping to look into."""
-    root, found = yaml_source.read(path)
-    problems = list(found)
-    if root is not None and not isinstance(root.value, Mapping):
-        problems.append(root.place.problem(f"the file must be a mapping, got {shown(root.plain())}"))
-        root = None
-    if root is None:
-        raise ConfigError(problems)
+    root, problems = read_mapping(path)
     for text in overrides:
         try:
             root = _overridden(root, text)

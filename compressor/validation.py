@@ -3,13 +3,15 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, PydanticUserError, ValidationError
 from pydantic_core import ErrorDetails
 
-from compressor.errors import Problem
+from compressor import yaml_source
+from compressor.errors import ConfigError, Problem
 from compressor.spelling import closest, did_you_mean
 from compressor.yaml_source import KeyPath, Node, Plain
 
@@ -24,6 +26,18 @@ _YAML_WORDS = {
 """What YAML calls the types that pydantic asks for."""
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_mapping(path: Path) -> tuple[Node, list[Problem]]:
+    """Read a YAML file that must be a mapping, and its problems. Raises ConfigError if there is none to look into."""
+    root, found = yaml_source.read(path)
+    problems = list(found)
+    if root is not None and not isinstance(root.value, Mapping):
+        problems.append(root.place.problem(f"the file must be a mapping, got {shown(root.plain())}"))
+        root = None
+    if root is None:
+        raise ConfigError(problems)
+    return root, problems
 
 
 def validate(model: type[Model], node: Node, where: KeyPath = ()) -> tuple[Model | None, list[Problem]]:

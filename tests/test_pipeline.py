@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -267,6 +268,21 @@ def test_unmet_gate_exits_3_and_says_by_how_much(copy):
     assert process.returncode == 3, errors
     assert "short" in table
     assert table.splitlines()[-1].endswith("report.json")
+
+
+def test_run_in_github_actions_fills_the_summary_and_annotates_an_unmet_gate(copy, monkeypatch):
+    file, directory = copy
+    summary, junit = directory / "summary.md", directory / "run.xml"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    arguments = ("--runs", directory.parent, "--set", "gate.size_ratio.min=1000", "--junit", junit)
+    process = compress("run", file, *arguments, cwd=file.parent)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert summary.read_text() == (directory / "report.md").read_text()
+    assert errors.splitlines()[-1].startswith("::error title=size_ratio::unmet: size_ratio must be >= 1000, got ")
+    (suite,) = ElementTree.parse(junit).getroot()
+    assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("small", "1", "1")
 
 
 def test_json_report_is_all_of_standard_output(copy):

@@ -4,6 +4,7 @@ import json
 import shlex
 
 from compressor.report.figures import facts, printable
+from compressor.report.gate import sentence
 from compressor.report.int8 import described, layer_cells, outcome
 from compressor.report.layout import escape, markdown_bullets, markdown_table
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
@@ -19,7 +20,7 @@ def to_markdown(report: Report) -> str:
         markdown_table(cells(report)),
         markdown_bullets(remarks(report)),
         _section("What compression changed", _changes(report)),
-        _section("Gate", markdown_bullets([f"{verdict.status}: {verdict.message}" for verdict in report.verdicts])),
+        _section("Gate", markdown_bullets([sentence(verdict) for verdict in report.verdicts])),
         _section("Training", _training(report)),
         _section("Int8", _int8(report)),
         _section("How it was measured", _method(report)),

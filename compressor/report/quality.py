@@ -1,7 +1,5 @@
 """What compression changed in a classifier, in tables and words: the delivered model beside the baseline."""
 
-from collections.abc import Iterator
-
 from compressor.report.figures import printable, share
 from compressor.report.records import Fidelity, Quality, Report
 
@@ -33,8 +31,27 @@ def quality_cells(report: Report) -> list[list[str]]:
     if baseline is None or delivered is None or fidelity is None:
         return []
     same = Fidelity(agreement=1.0, kl_divergence=0.0, worst_classes=(), worst_samples=())
-    columns = zip(_figures(baseline, same), _figures(delivered, fidelity), strict=True)
-    return [["", "baseline", "delivered"], *([name, before, after] for (name, before), (_, after) in columns)]
+    before, after = (
+        {**quality_figures(found), **fidelity_figures(to)} for found, to in ((baseline, same), (delivered, fidelity))
+    )
+    return [["", "baseline", "delivered"], *([name, before[name], after[name]] for name in before)]
+
+
+def quality_figures(quality: Quality) -> dict[str, str]:
+    """How good a classifier is, as texts by name."""
+    return {
+        **{f"top-{k} accuracy": share(accuracy) for k, accuracy in quality.top_k.items()},
+        "macro-F1": share(quality.macro_f1),
+        "expected calibration error": share(quality.expected_calibration_error),
+    }
+
+
+def fidelity_figures(fidelity: Fidelity) -> dict[str, str]:
+    """How true a classifier stays to the baseline, as texts by name."""
+    return {
+        "agreement with the baseline": share(fidelity.agreement),
+        "KL divergence from the baseline": f"{fidelity.kl_divergence:.3g} nats",
+    }
 
 
 def meanings(report: Report) -> tuple[str, ...]:
@@ -88,15 +105,6 @@ def sample_cells(report: Report) -> list[list[str]]:
             for fall in fidelity.worst_samples
         ),
     ]
-
-
-def _figures(quality: Quality, fidelity: Fidelity) -> Iterator[tuple[str, str]]:
-    for k, accuracy in quality.top_k.items():
-        yield f"top-{k} accuracy", share(accuracy)
-    yield "macro-F1", share(quality.macro_f1)
-    yield "expected calibration error", share(quality.expected_calibration_error)
-    yield "agreement with the baseline", share(fidelity.agreement)
-    yield "KL divergence from the baseline", f"{fidelity.kl_divergence:.3g} nats"
 
 
 def _name(index: int, report: Report) -> str:

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+Level: TypeAlias = Literal["off", "warn", "error"]
+"""What comes of a limit that is not met or cannot be decided."""
 
 
 class Measurement(BaseModel):
@@ -14,9 +17,9 @@ class Measurement(BaseModel):
 
     model_config = _FROZEN
 
-    size_bytes: int
+    size_bytes: PositiveInt
     """The file with its external data."""
-    transfer_bytes: int
+    transfer_bytes: PositiveInt
     """The same bytes after gzip at level 9."""
     parameters: int
     """Stored weights and biases, without scales and zero points."""
@@ -94,15 +97,15 @@ class Fidelity(BaseModel):
 class Latency(BaseModel):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
 
-    model_config = _FROZEN
+    model_config = ConfigDict(**_FROZEN, allow_inf_nan=False)
 
-    p50_ms: float
+    p50_ms: PositiveFloat
     """Median over all timed calls. Differs between machines and hours; compare `ratio` instead."""
-    ratio: float
+    ratio: PositiveFloat
     """Baseline time / this model's time: 2.0 means twice as fast. Median of log-ratios, mean over rounds."""
-    ratio_low: float
+    ratio_low: PositiveFloat
     """Lower end of the 95 % confidence interval of `ratio`, Student-t over rounds."""
-    ratio_high: float
+    ratio_high: PositiveFloat
 
 
 class LatencySession(BaseModel):
@@ -344,6 +347,8 @@ class Verdict(BaseModel):
     status: Literal["met", "unmet", "undecidable"]
     message: str
     """What was found and, unless met, by how much it falls short or why it cannot be decided."""
+    level: Level = "error"
+    """What comes of it unless it is met: a warning, or an exit code. Those that are `off` are not told."""
 
 
 class Report(BaseModel):
@@ -360,9 +365,16 @@ class Report(BaseModel):
     metrics: tuple[MetricInfo, ...]
     labels: tuple[str, ...] = ()
     """Names of the classes in order of index; none if the task gives none, or more than 1000."""
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = Field(min_length=1)
     preparations: tuple[Preparation, ...] = ()
     latency_session: LatencySession | None
     environment: Mapping[str, Any]
     """Machine, versions, threads, seed."""
     verdicts: tuple[Verdict, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Report":
+        if any(metric.name not in row.measurement.metrics for row in self.rows for metric in self.metrics):
+            msg = "every row must have a value of every metric"
+            raise ValueError(msg)
+        return self

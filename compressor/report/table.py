@@ -1,6 +1,7 @@
 """A report as plain text for a terminal."""
 
 from compressor.report.figures import change, milliseconds, printable, size, speed, value
+from compressor.report.gate import sentence
 from compressor.report.layout import aligned
 from compressor.report.records import Report, Row
 from compressor.report.remarks import remarks, timing
@@ -9,7 +10,7 @@ from compressor.report.remarks import remarks, timing
 def to_table(report: Report) -> str:
     """Aligned table, remarks and verdicts; ASCII unless a name of the user's is not. Without a final newline."""
     notes = [timing(report), *remarks(report)]
-    verdicts = [f"Gate, {verdict.status}: {printable(verdict.message)}" for verdict in report.verdicts]
+    verdicts = [f"Gate, {printable(sentence(verdict))}" for verdict in report.verdicts]
     return "\n".join([aligned(cells(report)), "", *notes, *([""] if verdicts else []), *verdicts])
 
 

@@ -1,0 +1,77 @@
+"""What GitHub Actions reads: the commands that a log may hold, and the Markdown of a step's summary."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from compressor.disk import host_errors
+from compressor.errors import Problem
+from compressor.report.records import Verdict
+
+SUMMARY_BYTES = 1024 * 1024
+"""A larger summary of a step is dropped whole."""
+
+_CUT = "\n*The rest is left out: the summary of a step holds at most 1 MiB.*\n"
+
+_COMMAND = re.compile(r"((?:^|[\r\n])\s*:)(?=:)|(##)(?=\[)")
+"""Where a runner sees a command: `::` where a line begins, and `##[` anywhere."""
+
+_DATA = {"%": "%25", "\r": "%0D", "\n": "%0A"}
+_PROPERTY = {**_DATA, ":": "%3A", ",": "%2C"}
+
+
+def inert(text: str) -> str:
+    """`text` with a space in everything that a runner would take for a command: names in it come from anywhere."""
+    return _COMMAND.sub(lambda match: f"{match[0]} ", text)
+
+
+def annotation(level: Literal["warning", "error"], message: str, **properties: str | int | None) -> str:
+    """The command that shows `message` beside the log and, given `file`, `line` and `col`, beside the code."""
+    given = [f"{name}={_escaped(str(found), _PROPERTY)}" for name, found in properties.items() if found is not None]
+    return f"::{level}{' ' if given else ''}{','.join(given)}::{_escaped(message, _DATA)}"
+
+
+def problem_annotation(problem: Problem, workspace: Path) -> str:
+    """The command for a fault of a file; files are named relative to `workspace`, the checkout."""
+    file = None if problem.file is None else os.path.relpath(problem.file, workspace)
+    return annotation("error", problem.message, file=file, line=problem.line, col=problem.column)
+
+
+def verdict_annotations(verdicts: Sequence[Verdict]) -> list[str]:
+    """One command for each limit that is not met or not decided."""
+    return [
+        annotation("warning" if one.level == "warn" else "error", f"{one.status}: {one.message}", title=one.metric)
+        for one in verdicts
+        if one.status != "met"
+    ]
+
+
+def append_summary(markdown: str, path: Path) -> None:
+    """Add `markdown` to the summary of a step, or what of it there is room for. Raises HostError."""
+    with host_errors(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(fitted(markdown, SUMMARY_BYTES - stream.tell()))
+
+
+def fitted(markdown: str, room: int) -> str:
+    """`markdown` in at most `room` bytes: without its last sections if need be, and then with a sentence that says so.
+
+    Empty if there is no room even for the sentence.
+    """
+    if _size(markdown) <= room:
+        return markdown
+    kept = ""
+    for section in re.split(r"(?m)^(?=## )", markdown):
+        if _size(kept + section + _CUT) > room:
+            break
+        kept += section
+    return kept + _CUT if _size(kept + _CUT) <= room else ""
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _escaped(text: str, replacements: Mapping[str, str]) -> str:
+    return "".join(replacements.get(character, character) for character in text)
