@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def along(values: Tensor, dimensions: int, axis: int) -> Tensor:
+    """Shape (C,) so that it stretches over a tensor of so many dimensions along `axis`; scalars stay."""
+    return (
+        values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)]) if values.ndim else values
+    )
+
+
 @torch.library.custom_op("compressor::quantize_linear", mutates_args=())
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Codes of `x` in the type of `zero_point`: round half to even, saturate.
@@ -14,21 +21,21 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> 
     `scale` and `zero_point` are scalars, or have a value per index along `axis`.
     """
     limits = torch.iinfo(zero_point.dtype)
-    codes = torch.round(x / _along(scale, x, axis)) + _along(zero_point, x, axis)
+    codes = torch.round(x / along(scale, x.ndim, axis)) + along(zero_point, x.ndim, axis)
     return codes.clamp(limits.min, limits.max).to(zero_point.dtype)
 
 
 @torch.library.custom_op("compressor::dequantize_linear", mutates_args=())
 def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Numbers that the codes stand for: (codes - zero_point) * scale, in the type of `scale`."""
-    shifted = codes.to(scale.dtype) - _along(zero_point, codes, axis).to(scale.dtype)
-    return shifted * _along(scale, codes, axis)
+    shifted = codes.to(scale.dtype) - along(zero_point, codes.ndim, axis).to(scale.dtype)
+    return shifted * along(scale, codes.ndim, axis)
 
 
 @torch.library.custom_op("compressor::stored", mutates_args=())
 def stored(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Numbers of a weight that is stored as int8 and computes in float: codes * scale, (C,) along `axis`."""
-    return codes.to(scale.dtype) * _along(scale, codes, axis)
+    return codes.to(scale.dtype) * along(scale, codes.ndim, axis)
 
 
 @torch.library.custom_op("compressor::matmul_blocks", mutates_args=())
@@ -114,11 +121,6 @@ def unpacked(codes: Tensor, bits: int) -> Tensor:
 def _bits(inputs: int, sizes: Sequence[int]) -> int:
     """Bits of each of so many codes, which fill (N, blocks, bytes)."""
     return sizes[1] * sizes[2] * 8 // inputs
-
-
-def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Shape values so that they stretch over `x` along `axis`; scalars stay."""
-    return values.reshape([-1 if dimension == axis else 1 for dimension in range(x.ndim)]) if values.ndim else values
 
 
 def _matmul_n_bits() -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from compressor.parity import spread
 from compressor.quantization.calibration import observed
 from compressor.quantization.codes import CODES, Affine
-from compressor.quantization.int8_model import Int8Model, decibels, predict, rounded
+from compressor.quantization.int8_model import Int8Model, predict, ratio_db, rounded
 from compressor.report.records import Histogram, LayerNoise
 from compressor.task import Batch, Task, evaluate_outputs, gather
 
@@ -34,7 +34,7 @@ def analyse(model: Int8Model, task: Task) -> tuple[tuple[LayerNoise, ...], int]:
         outputs = [predict(alone, batch.inputs) for batch in batches]
         return LayerNoise(
             layer=layer,
-            sqnr_db=decibels(*noise[tensor]),
+            sqnr_db=ratio_db(*noise[tensor]),
             alone_sqnr_db=sqnr_db(outputs, floats),
             alone_value=_value(outputs, batches, task),
             histogram=histograms.get(tensor),
@@ -47,7 +47,7 @@ def sqnr_db(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float | N
     """Signal-to-quantization-noise ratio: the power of `reference` over that of the noise; None without noise."""
     pairs = [(found.double(), wanted.double()) for found, wanted in zip(outputs, reference, strict=True)]
     signal = sum(float(wanted.square().sum()) for _, wanted in pairs)
-    return decibels(signal, sum(float((found - wanted).square().sum()) for found, wanted in pairs))
+    return ratio_db(signal, sum(float((found - wanted).square().sum()) for found, wanted in pairs))
 
 
 def histogram(counts: Tensor, ends: tuple[float, float]) -> Histogram:

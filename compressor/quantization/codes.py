@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressor.onnx_operators import along
+
 CODES = 255
 """Largest uint8 code."""
 STORED_LIMIT = 127
@@ -80,8 +82,3 @@ def weight_codes(weight: Tensor, scale: Tensor, channel_axis: int, limit: int) -
     """Round a weight to the nearest codes in [-`limit`, `limit`]."""
     rounded = torch.round(weight.detach() / along(scale, weight.ndim, channel_axis))
     return WeightCodes(rounded.clamp(-limit, limit).to(torch.int8), scale, channel_axis)
-
-
-def along(values: Tensor, dimensions: int, axis: int) -> Tensor:
-    """Shape (C,) so that it stretches over a tensor of so many dimensions along `axis`."""
-    return values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)])

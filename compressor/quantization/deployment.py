@@ -19,7 +19,7 @@ from compressor.onnx_operators import QUANTIZE
 from compressor.parity import FLOAT_TOLERANCE
 from compressor.quantization.codes import CODES
 from compressor.quantization.graph import arguments, copied
-from compressor.quantization.int8_model import Int8Model, decibels, predict
+from compressor.quantization.int8_model import Int8Model, predict, ratio_db
 from compressor.report.records import Deployment, MetricInfo
 from compressor.runtime import open_session
 from compressor.task import EVALUATION_BATCH, Inputs, Metric, Task, gather
@@ -93,7 +93,7 @@ def compare(
         float_value=values[0],
         simulated_value=values[1],
         deployed_value=values[2],
-        sqnr_db=decibels(signal, noise),
+        sqnr_db=ratio_db(signal, noise),
         difference=math.sqrt(squares / elements),
         tolerance=tolerance,
         agreement=same / classified if classified else None,

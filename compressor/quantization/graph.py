@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from compressor.export import capture, quiet_torch
-from compressor.quantization.codes import along
+from compressor.onnx_operators import along
 from compressor.quantization.refusal import check_float
 from compressor.task import Task
 

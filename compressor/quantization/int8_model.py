@@ -74,6 +74,6 @@ def rounded(simulated: GraphModule) -> Mapping[str, str]:
     }
 
 
-def decibels(signal: float, noise: float) -> float | None:
+def ratio_db(signal: float, noise: float) -> float | None:
     """10 log10 of a ratio of powers; None without noise."""
     return 10 * math.log10(max(signal, sys.float_info.min) / noise) if noise else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.quantization.codes import along
+from compressor.onnx_operators import along
 from compressor.quantization.graph import CONVOLUTIONS, arguments
 from compressor.quantization.layerwise import Layer
 from compressor.quantization.plan import CLIPS

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.quantization.codes import CODES, Range, along, weight_scale
+from compressor.onnx_operators import along
+from compressor.quantization.codes import CODES, Range, weight_scale
 from compressor.quantization.conversion import affine_of, weight_limit, wrapped
 from compressor.quantization.graph import BATCH_NORM, add_tensor, arguments, aten, parameter
 from compressor.quantization.plan import Plan, Unit

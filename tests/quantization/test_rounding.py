@@ -7,7 +7,7 @@ import torch
 from rounded import Rounded, rounded
 from torch import Tensor, nn
 
-from compressor.quantization.codes import along
+from compressor.onnx_operators import along
 from compressor.quantization.layerwise import Layer
 from compressor.quantization.rounding import learned_rounding
 from models import SequenceNetwork, SignalNetwork
