@@ -87,9 +87,13 @@ def translations() -> Mapping[Any, Callable[..., Any]]:
     multiply = _matmul_n_bits()
 
     def quantize(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        if not scale.shape:  # 14 bytes that say nothing
+            return opset20.QuantizeLinear(x, scale, zero_point)
         return opset20.QuantizeLinear(x, scale, zero_point, axis=axis)
 
     def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        if not scale.shape:
+            return opset20.DequantizeLinear(codes, scale, zero_point)
         return opset20.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
     def stored_weight(codes: Any, scale: Any, axis: int) -> Any:
