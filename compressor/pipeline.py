@@ -19,6 +19,7 @@ from compressor.disk import host_errors, memory_errors, write_atomically
 from compressor.errors import InputError, StageError
 from compressor.export import to_onnx
 from compressor.latency import time_models
+from compressor.layers import output_channels
 from compressor.measure import measure
 from compressor.outcome import record_end, recorded
 from compressor.plan import Step, data_fingerprints, remember, steps
@@ -208,15 +209,17 @@ def _check_zeros(measurement: Mapping[str, Any], promised: int, stage: str) -> N
 
 
 def _measured(artifact: Artifact, draft: Path, before: Sequence[Entry], run: _Run) -> dict[str, Any]:
-    """Facts about the model in its ONNX form, a file of the draft."""
+    """Facts about the model in its ONNX form, a file of the draft, and the widths of the layers that it came from."""
     if isinstance(artifact, TorchModel):
         onnx = to_onnx(artifact.module, run.task, draft / "model.onnx")
+        channels = output_channels(artifact.module, run.task.example_inputs)
     else:
-        onnx = OnnxModel.load(draft / "artifact")
+        onnx, channels = OnnxModel.load(draft / "artifact"), {}
     measured = measure(onnx.path, run.task)
     return {
         "model_file": str(onnx.path.relative_to(draft)),
         "measurement": measured.measurement.model_dump(mode="json"),
+        "channels": channels,
         **_classifier_facts(measured.predictions, before, draft),
     }
 
@@ -332,6 +335,7 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
             losses=one.entry.facts.get("losses", ()),
             reached=one.entry.facts.get("reached", ()),
             quantization=one.entry.facts.get("quantization"),
+            channels=one.entry.facts.get("channels", {}),
         )
         for one, file, latency in zip(models, files, latencies, strict=True)
     )

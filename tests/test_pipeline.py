@@ -143,6 +143,14 @@ def test_report_tells_how_true_each_model_stays_to_the_baseline(finished):
     assert "## What compression changed" in (directory / "report.md").read_text()
 
 
+def test_report_has_the_channels_that_each_layer_keeps(finished):
+    _, directory = finished
+    _, distilled, pruned, int8, _ = read_report(directory / "report.json").rows
+    assert distilled.channels == {"0": 16, "3": 16, "8": 10}
+    assert pruned.channels == {"0": 8, "3": 8, "8": 10}
+    assert int8.channels == {}  # an ONNX file
+
+
 def test_only_the_baseline_keeps_its_outputs(finished):
     _, directory = finished
     baseline, *_ = read_report(directory / "report.json").rows
