@@ -32,6 +32,7 @@ from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
+from compressor.report.page import to_html
 from compressor.report.records import (
     Measurement,
     MetricInfo,
@@ -55,9 +56,9 @@ _BASELINE_OUTPUTS = "test_outputs.npy"
 def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     """Carry out `pipeline` in `directory`, reusing what earlier runs stored there, and report on every model.
 
-    Leaves the delivered model, `report.json`, `report.md` and `outcome.json` in `directory`, and `sensitivity.md` and
-    `sensitivity.svg` if a stage measured that. Raises InputError for
-    user code or data at fault, StageError, HostError, and LockedError while another run holds the directory.
+    Leaves the delivered model, `report.json`, `report.md`, `report.html` and `outcome.json` in `directory`, and
+    `sensitivity.md` and `sensitivity.svg` if a stage measured that. Raises InputError for user code or data at fault,
+    StageError, HostError, and LockedError while another run holds the directory.
 
     Under torchrun every process calls this and gets the report: the main one runs the pipeline, the others take part in
     the stages that it computes.
@@ -73,6 +74,7 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
         report = _report(obtained, this)
         _deliver(directory / report.rows[-1].model_file, directory)
         write_atomically(directory / "report.md", to_markdown(report))
+        write_atomically(directory / "report.html", to_html(report))
         write_atomically(directory / "report.json", to_json(report))
         record_end(directory, exit_code(report.verdicts))
     told(report)

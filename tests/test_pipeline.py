@@ -19,6 +19,7 @@ from compressor.config import load
 from compressor.errors import InputError, LockedError
 from compressor.pipeline import run
 from compressor.report.json import read_report
+from compressor.report.page import to_html
 from compressor.store import Store
 
 CODE = """
@@ -149,6 +150,13 @@ def test_report_has_the_channels_that_each_layer_keeps(finished):
     assert distilled.channels == {"0": 16, "3": 16, "8": 10}
     assert pruned.channels == {"0": 8, "3": 8, "8": 10}
     assert int8.channels == {}  # an ONNX file
+
+
+def test_page_is_that_of_the_report(finished):
+    _, directory = finished
+    page = (directory / "report.html").read_text()
+    assert page == to_html(read_report(directory / "report.json"))
+    assert "magnitude_pruning: channels that each layer keeps" in page
 
 
 def test_only_the_baseline_keeps_its_outputs(finished):
