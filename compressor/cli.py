@@ -91,7 +91,8 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
         click.echo(to_json(found), nl=False)
     else:
         _say(to_table(found))
-        _say(f"\n{directory / Path(found.rows[-1].model_file).name}\n{directory / 'report.json'}")
+        files = Path(found.rows[-1].model_file).name, "report.html", "report.json"
+        _say("\n" + "\n".join(str(directory / file) for file in files))
     _publish(to_markdown(found), found.verdicts)
     if junit:
         _write_junit(junit, found.pipeline, found.verdicts)
@@ -122,9 +123,16 @@ def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> in
 @compress.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-def report(directory: Path, *, as_json: bool) -> int:
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write it as a page to this file.")
+def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
     """Print the report of a run DIRECTORY again."""
     found = read_report(directory / "report.json")
+    if html:
+        from compressor.disk import make_directory, write_atomically
+        from compressor.report.page import to_html
+
+        make_directory(html.parent)
+        write_atomically(html, to_html(found))
     if as_json:
         click.echo(to_json(found))
     else:

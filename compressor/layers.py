@@ -64,6 +64,19 @@ def layer_outputs(module: nn.Module, example_inputs: Inputs) -> tuple[LayerOutpu
     return _outputs(module, _dry_run(module, example_inputs))
 
 
+def output_channels(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
+    """Channels that each layer with a weight of two or more dimensions gives, by path, in the order of the run.
+
+    So of convolutions, linear layers and embeddings, but not of normalization, which keeps the channels it gets. Runs
+    `module` as `layer_outputs` does; a layer that is not called is left out.
+    """
+    return {
+        output.path: output.shape[output.channel_dimension]
+        for output in layer_outputs(module, example_inputs)
+        if _has_a_matrix(module.get_submodule(output.path)) and output.channel_dimension < len(output.shape)
+    }
+
+
 def check_fires(module: nn.Module, paths: Sequence[str], example_inputs: Inputs) -> tuple[LayerOutput, ...]:
     """Return what the layers at `paths` give in a dry run, in the order of `paths`.
 
@@ -267,6 +280,11 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, training in flags:
             layer.training = training
+
+
+def _has_a_matrix(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim >= 2
 
 
 def _first_tensor(output: object) -> Tensor | None:

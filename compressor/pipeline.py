@@ -19,6 +19,7 @@ from compressor.disk import host_errors, memory_errors, write_atomically
 from compressor.errors import InputError, StageError
 from compressor.export import to_onnx
 from compressor.latency import time_models
+from compressor.layers import output_channels
 from compressor.measure import measure
 from compressor.outcome import record_end, recorded
 from compressor.plan import Step, data_fingerprints, remember, steps
@@ -31,6 +32,7 @@ from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
+from compressor.report.page import to_html
 from compressor.report.records import (
     Measurement,
     MetricInfo,
@@ -54,9 +56,9 @@ _BASELINE_OUTPUTS = "test_outputs.npy"
 def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     """Carry out `pipeline` in `directory`, reusing what earlier runs stored there, and report on every model.
 
-    Leaves the delivered model, `report.json`, `report.md` and `outcome.json` in `directory`, and `sensitivity.md` and
-    `sensitivity.svg` if a stage measured that. Raises InputError for
-    user code or data at fault, StageError, HostError, and LockedError while another run holds the directory.
+    Leaves the delivered model, `report.json`, `report.md`, `report.html` and `outcome.json` in `directory`, and
+    `sensitivity.md` and `sensitivity.svg` if a stage measured that. Raises InputError for user code or data at fault,
+    StageError, HostError, and LockedError while another run holds the directory.
 
     Under torchrun every process calls this and gets the report: the main one runs the pipeline, the others take part in
     the stages that it computes.
@@ -72,6 +74,7 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
         report = _report(obtained, this)
         _deliver(directory / report.rows[-1].model_file, directory)
         write_atomically(directory / "report.md", to_markdown(report))
+        write_atomically(directory / "report.html", to_html(report))
         write_atomically(directory / "report.json", to_json(report))
         record_end(directory, exit_code(report.verdicts))
     told(report)
@@ -208,15 +211,17 @@ def _check_zeros(measurement: Mapping[str, Any], promised: int, stage: str) -> N
 
 
 def _measured(artifact: Artifact, draft: Path, before: Sequence[Entry], run: _Run) -> dict[str, Any]:
-    """Facts about the model in its ONNX form, a file of the draft."""
+    """Facts about the model in its ONNX form, a file of the draft, and the widths of the layers that it came from."""
     if isinstance(artifact, TorchModel):
         onnx = to_onnx(artifact.module, run.task, draft / "model.onnx")
+        channels = output_channels(artifact.module, run.task.example_inputs)
     else:
-        onnx = OnnxModel.load(draft / "artifact")
+        onnx, channels = OnnxModel.load(draft / "artifact"), {}
     measured = measure(onnx.path, run.task)
     return {
         "model_file": str(onnx.path.relative_to(draft)),
         "measurement": measured.measurement.model_dump(mode="json"),
+        "channels": channels,
         **_classifier_facts(measured.predictions, before, draft),
     }
 
@@ -332,6 +337,7 @@ def _report(obtained: Sequence[_Obtained], run: _Run) -> Report:
             losses=one.entry.facts.get("losses", ()),
             reached=one.entry.facts.get("reached", ()),
             quantization=one.entry.facts.get("quantization"),
+            channels=one.entry.facts.get("channels", {}),
         )
         for one, file, latency in zip(models, files, latencies, strict=True)
     )

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import InputError
-from compressor.layers import captured, check_fires, layer_outputs, layer_paths, paired_paths, paths_matching
+from compressor.layers import (
+    captured,
+    check_fires,
+    layer_outputs,
+    layer_paths,
+    output_channels,
+    paired_paths,
+    paths_matching,
+)
 from models import CifarResNet, SequenceNetwork, SignalNetwork
 
 IMAGES = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
@@ -281,6 +289,20 @@ def test_hooks_go_when_the_block_is_left_by_an_error():
     with pytest.raises(AttributeError), captured(module, ["layer1", "layer9"]):
         raise AssertionError
     assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_channels_are_those_that_layers_with_weights_give():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 2, groups=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6 * 5 * 5, 10),
+    )  # fmt: skip
+    assert output_channels(network, (torch.zeros(2, 3, 6, 6),)) == {"0": 8, "2": 6, "5": 10}
+
+
+def test_channels_of_tokens_are_their_last_dimension():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    network = nn.Sequential(nn.Embedding(50, 16), layer, nn.Linear(16, 4))
+    assert output_channels(network, WORDS) == {"0": 16, "1.linear1": 32, "1.linear2": 16, "2": 4}
 
 
 def test_layers_that_fire_are_given_in_the_order_asked_for():

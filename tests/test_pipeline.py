@@ -19,6 +19,7 @@ from compressor.config import load
 from compressor.errors import InputError, LockedError
 from compressor.pipeline import run
 from compressor.report.json import read_report
+from compressor.report.page import to_html
 from compressor.store import Store
 
 CODE = """
@@ -141,6 +142,21 @@ def test_report_tells_how_true_each_model_stays_to_the_baseline(finished):
     assert rows[-1].fidelity.kl_divergence > 0
     assert rows[-1].fidelity == rows[-2].fidelity  # the export delivers the quantized model
     assert "## What compression changed" in (directory / "report.md").read_text()
+
+
+def test_report_has_the_channels_that_each_layer_keeps(finished):
+    _, directory = finished
+    _, distilled, pruned, int8, _ = read_report(directory / "report.json").rows
+    assert distilled.channels == {"0": 16, "3": 16, "8": 10}
+    assert pruned.channels == {"0": 8, "3": 8, "8": 10}
+    assert int8.channels == {}  # an ONNX file
+
+
+def test_page_is_that_of_the_report(finished):
+    _, directory = finished
+    page = (directory / "report.html").read_text()
+    assert page == to_html(read_report(directory / "report.json"))
+    assert "magnitude_pruning: channels that each layer keeps" in page
 
 
 def test_only_the_baseline_keeps_its_outputs(finished):

@@ -65,6 +65,14 @@ def layer_cells(found: Quantization) -> list[list[str]]:
     ]
 
 
+def shown_layers(found: Quantization) -> str:
+    """Which layers `layer_cells` has, and what they were measured on."""
+    shown = min(len(found.layers), MOST_LAYERS)
+    return (
+        f"the {shown} of {len(found.layers)} layers that make most noise, on {found.layer_samples} validation samples"
+    )
+
+
 def decibels(found: float | None) -> str:
     """A ratio of powers in dB, to one decimal."""
     return "no noise" if found is None else f"{found:.1f} dB"

@@ -1,15 +1,13 @@
 """A report as Markdown, for repositories and reviews."""
 
-import json
-import shlex
-
-from compressor.report.figures import facts, printable
+from compressor.report.figures import facts
 from compressor.report.gate import sentence
-from compressor.report.int8 import described, layer_cells, outcome
+from compressor.report.int8 import described, layer_cells, outcome, shown_layers
 from compressor.report.layout import escape, markdown_bullets, markdown_table
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
-from compressor.report.records import Preparation, Report, Row
-from compressor.report.remarks import headline, remarks, timing
+from compressor.report.records import Report, Row
+from compressor.report.remarks import headline, method, readiness, remarks
+from compressor.report.reproduction import command, settings
 from compressor.report.table import cells
 
 
@@ -23,7 +21,7 @@ def to_markdown(report: Report) -> str:
         _section("Gate", markdown_bullets([sentence(verdict) for verdict in report.verdicts])),
         _section("Training", _training(report)),
         _section("Int8", _int8(report)),
-        _section("How it was measured", _method(report)),
+        _section("How it was measured", "\n\n".join(map(escape, method(report)))),
         _section("Environment", markdown_bullets(facts(report.environment))),
         _section("How to reproduce it", _reproduction(report)),
     ]
@@ -55,7 +53,7 @@ def _changes(report: Report) -> str:
 
 def _training(report: Report) -> str:
     """How each loss went down, and what was made ready for it; empty if no stage did either."""
-    parts = [markdown_bullets([_readiness(preparation) for preparation in report.preparations])]
+    parts = [markdown_bullets([readiness(preparation) for preparation in report.preparations])]
     for row in report.rows:
         if row.losses:
             epochs = "1 epoch" if len(row.losses) == 1 else f"{len(row.losses)} epochs"
@@ -73,19 +71,8 @@ def _int8(report: Report) -> str:
         lines = [described(found.deployment), *([outcome(found.fallback, found.deployment)] if found.fallback else [])]
         parts.append(markdown_bullets([f"{row.stage}: {line}" for line in lines]))
         if table := layer_cells(found):
-            shown = f"the {len(table) - 1} of {len(found.layers)} layers that make most noise"
-            parts += [
-                escape(f"{row.stage}, {shown}, on {found.layer_samples} validation samples:"),
-                markdown_table(table),
-            ]
+            parts += [escape(f"{row.stage}, {shown_layers(found)}:"), markdown_table(table)]
     return "\n\n".join(parts)
-
-
-def _readiness(preparation: Preparation) -> str:
-    seconds = f"{preparation.seconds:.1f} s"
-    if preparation.reused:
-        return f"{preparation.stage} was taken from the store; it took {seconds} when it ran."
-    return f"{preparation.stage} took {seconds}."
 
 
 def _loss_cells(row: Row) -> list[list[str]]:
@@ -98,24 +85,10 @@ def _loss_cells(row: Row) -> list[list[str]]:
     return [["loss", "first epoch", "last epoch"], *values]
 
 
-def _method(report: Report) -> str:
-    samples = report.rows[-1].measurement.samples
-    return "\n\n".join(
-        [
-            f"Every row was exported to ONNX and measured under ONNX Runtime, on the {samples:,} samples of the test "
-            "split. Sizes are those of the file, with its external data if it has any; 1 kB = 1000 B.",
-            f"{escape(timing(report))} All models took turns in one process, warm, in rounds with sessions opened "
-            "anew; a ratio compares the fastest calls of each round, with Student's 95 % interval over rounds.",
-        ]
-    )
-
-
 def _reproduction(report: Report) -> str:
-    overrides = "".join(f" --set {shlex.quote(printable(override))}" for override in report.overrides)
     # JSON is YAML, and no string of it can end the fence
-    settings = json.dumps(report.model_dump(mode="json")["settings"], indent=2)
     return (
-        f"```sh\ncompress run {shlex.quote(printable(report.pipeline))}.yaml{overrides}\n```\n\n"
+        f"```sh\n{command(report)}\n```\n\n"
         "The pipeline as it ran, overrides included; saved beside the code that it names, it runs again:\n\n"
-        f"```yaml\n{settings}\n```"
+        f"```yaml\n{settings(report)}\n```"
     )

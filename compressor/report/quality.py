@@ -59,6 +59,12 @@ def meanings(report: Report) -> tuple[str, ...]:
     return _MEANINGS if quality_cells(report) else ()
 
 
+def class_name(index: int, report: Report) -> str:
+    """Label of a class with its index, which alone is unique; the index alone if the task gives no label."""
+    label = printable(report.labels[index]) if index < len(report.labels) else ""
+    return str(index) if label in {"", str(index)} else f"{label} ({index})"
+
+
 def class_cells(report: Report) -> list[list[str]]:
     """The classes that lost most, one per row, headings first; empty if none did."""
     fidelity = report.rows[-1].fidelity
@@ -69,7 +75,7 @@ def class_cells(report: Report) -> list[list[str]]:
         head,
         *(
             [
-                _name(fall.target, report),
+                class_name(fall.target, report),
                 f"{fall.samples:,}",
                 share(fall.baseline_accuracy),
                 share(fall.accuracy),
@@ -98,16 +104,10 @@ def sample_cells(report: Report) -> list[list[str]]:
         *(
             [
                 str(fall.index),
-                *(_name(index, report) for index in (fall.target, fall.baseline_predicted, fall.predicted)),
+                *(class_name(index, report) for index in (fall.target, fall.baseline_predicted, fall.predicted)),
                 share(fall.baseline_probability),
                 share(fall.probability),
             ]
             for fall in fidelity.worst_samples
         ),
     ]
-
-
-def _name(index: int, report: Report) -> str:
-    """Label of a class with its index, which alone is unique; the index alone if the task gives no label."""
-    label = printable(report.labels[index]) if index < len(report.labels) else ""
-    return str(index) if label in {"", str(index)} else f"{label} ({index})"

@@ -274,6 +274,8 @@ class Row(BaseModel):
     """Of a stage that was asked for a number, such as a pruning ratio."""
     quantization: Quantization | None = None
     """Of a stage that made the model int8."""
+    channels: Mapping[str, PositiveInt] = {}
+    """Output channels of each layer with weights, by path; none for a model that is an ONNX file."""
 
 
 class Preparation(BaseModel):

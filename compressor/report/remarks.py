@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from compressor.report.figures import change, count, milliseconds, printable, size, speed, times, value
-from compressor.report.records import Latency, LatencySession, MetricInfo, Report, Row
+from compressor.report.records import Latency, LatencySession, MetricInfo, Preparation, Report, Row
 
 _MANY_ZEROS = 0.1
 """Share of the parameters from which on their loss is worth a sentence: a few biases are zero in many models."""
@@ -24,15 +24,19 @@ def headline(report: Report) -> str:
     return f"{size(before)} to {size(after)}: {', '.join(parts)}"
 
 
+def row_names(report: Report) -> tuple[str, ...]:
+    """Name of each row: its stage, with the number of the row where several have the same."""
+    rows_of = Counter(row.stage for row in report.rows)
+    return tuple(
+        printable(row.stage) + (f" (row {number})" if rows_of[row.stage] > 1 else "")
+        for number, row in enumerate(report.rows, start=1)
+    )
+
+
 def remarks(report: Report) -> tuple[str, ...]:
     """What each row was asked for, and one sentence for every way in which it is worse than the row before it."""
-    names = Counter(row.stage for row in report.rows)
-    labels = [
-        printable(row.stage) + (f" (row {number})" if names[row.stage] > 1 else "")
-        for number, row in enumerate(report.rows, start=1)
-    ]
     found: list[str] = []
-    for (before, old), (after, new) in pairwise(zip(report.rows, labels, strict=True)):
+    for (before, old), (after, new) in pairwise(zip(report.rows, row_names(report), strict=True)):
         found += _reached(after, new)
         found += _larger(before, after, old, new)
         found += _slower(before, after, old, new, report.latency_session)
@@ -41,6 +45,25 @@ def remarks(report: Report) -> tuple[str, ...]:
         for metric in report.metrics:
             found += _worse(before, after, old, new, metric)
     return tuple(found)
+
+
+def method(report: Report) -> tuple[str, str]:
+    """How sizes and metrics were measured, and how latencies were."""
+    samples = report.rows[-1].measurement.samples
+    return (
+        f"Every row was exported to ONNX and measured under ONNX Runtime, on the {samples:,} samples of the test "
+        "split. Sizes are those of the file, with its external data if it has any; 1 kB = 1000 B.",
+        f"{timing(report)} All models took turns in one process, warm, in rounds with sessions opened anew; a ratio "
+        "compares the fastest calls of each round, with Student's 95 % interval over rounds.",
+    )
+
+
+def readiness(preparation: Preparation) -> str:
+    """How long it took to make something ready for later stages, such as soft labels."""
+    seconds = f"{preparation.seconds:.1f} s"
+    if preparation.reused:
+        return f"{preparation.stage} was taken from the store; it took {seconds} when it ran."
+    return f"{preparation.stage} took {seconds}."
 
 
 def timing(report: Report) -> str:

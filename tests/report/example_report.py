@@ -2,6 +2,7 @@
 
 from compressor.report.records import (
     ClassFall,
+    Deployment,
     Fidelity,
     Latency,
     LatencySession,
@@ -119,6 +120,21 @@ def classifiers(labels: tuple[str, ...] = ("cat", "dog"), lost: Fidelity | None 
         delivered.model_copy(update={"quality": quality(0.98), "fidelity": lost or fidelity()}),
     )
     return report(*rows).model_copy(update={"labels": labels})
+
+
+def deployment(value: float) -> Deployment:
+    return Deployment(
+        samples=1000,
+        metric=ACCURACY,
+        float_value=0.92,
+        simulated_value=value + 0.001,
+        deployed_value=value,
+        sqnr_db=21.44,
+        difference=0.0123,
+        tolerance=0.05,
+        agreement=0.998,
+        departures=0.001,
+    )
 
 
 def chain() -> Report:

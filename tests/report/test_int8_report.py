@@ -1,12 +1,11 @@
 """What int8 did to a model, in Markdown and JSON."""
 
-from example_report import ACCURACY, report, row
+from example_report import deployment, report, row
 
 from compressor.report.int8 import MOST_LAYERS, described, layer_cells, outcome
 from compressor.report.json import read_report, to_json
 from compressor.report.markdown import to_markdown
 from compressor.report.records import (
-    Deployment,
     Fallback,
     Histogram,
     LayerNoise,
@@ -14,21 +13,6 @@ from compressor.report.records import (
     Quantization,
     Report,
 )
-
-
-def deployment(value: float) -> Deployment:
-    return Deployment(
-        samples=1000,
-        metric=ACCURACY,
-        float_value=0.92,
-        simulated_value=value + 0.001,
-        deployed_value=value,
-        sqnr_db=21.44,
-        difference=0.0123,
-        tolerance=0.05,
-        agreement=0.998,
-        departures=0.001,
-    )
 
 
 def layer(number: int, alone_sqnr_db: float | None) -> LayerNoise:

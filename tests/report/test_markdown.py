@@ -200,7 +200,7 @@ def test_reports_are_written_without_torch():
     program = (
         "import sys\n"
         "import compressor.report.json, compressor.report.markdown, compressor.report.table\n"
-        "import compressor.report.environment, compressor.report.gate\n"
+        "import compressor.report.environment, compressor.report.gate, compressor.report.page\n"
         "compressor.report.environment.environment()\n"
         "assert not {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)\n"
     )

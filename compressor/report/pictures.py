@@ -1,0 +1,309 @@
+"""The figures of the page: from the rows of a report to drawings, each with a title, a description and a table."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+from compressor.report import charts
+from compressor.report.drawings import Bar, Bars, Columns, Mark, Pair, Pairs, Picture, Plot, Tick
+from compressor.report.figures import change, milliseconds, share, size, speed, times, value
+from compressor.report.int8 import MOST_LAYERS, decibels, layer_cells, shown_layers, worst_first
+from compressor.report.quality import class_name
+from compressor.report.records import Histogram, Latency, MetricInfo, Quantization, Report, Row
+from compressor.report.remarks import row_names
+
+_Item = TypeVar("_Item")
+
+MOST_CLASSES, MOST_CHANNELS, MOST_LOSSES, MOST_EPOCHS, MOST_POINTS = 30, 40, 24, 20, 500
+"""So many classes, layers, curves, epochs in a table and epochs in a curve are shown; JSON has all."""
+_TALL, _FLAT = 260, 120
+"""Heights of drawings, in pixels."""
+_LOGARITHMIC_FROM = 20
+"""A loss that falls by this factor is drawn on a logarithmic scale: on a linear one its last epochs would be a line."""
+_SHARE = MetricInfo(name="accuracy", unit="%", higher_is_better=True)
+
+
+def left_out(number: int, things: str) -> str:
+    """What is said of things that are left out; empty if there are none."""
+    return f"and {number:,} more {things}, all in report.json" if number else ""
+
+
+def size_picture(report: Report) -> Picture:
+    """Size of each row's file, as a bar from zero."""
+    names, sizes = row_names(report), [row.measurement.size_bytes for row in report.rows]
+    texts = [size(sizes[0]), *(f"{size(found)}, {times(sizes[0] / found, 'smaller', 'larger')}" for found in sizes[1:])]
+    table = [
+        ["stage", "size", "transfer (gzip)", "beside the baseline"],
+        *(
+            [
+                name,
+                size(row.measurement.size_bytes),
+                size(row.measurement.transfer_bytes),
+                times(sizes[0] / row.measurement.size_bytes, "smaller", "larger"),
+            ]
+            for name, row in zip(names, report.rows, strict=True)
+        ),
+    ]
+    bars = tuple(
+        Bar(name, text, charts.Scale(0, max(sizes)).at(found))
+        for name, text, found in zip(names, texts, sizes, strict=True)
+    )
+    return Picture("Size", "The file of each stage, with its external data.", Bars(bars), table)
+
+
+def latency_picture(report: Report) -> Picture | None:
+    """Time of one inference of each row as a share of the baseline's, with its interval; None if none was timed."""
+    timed = _timed(report)
+    if not timed:
+        return None
+    longest = charts.Scale(0, max(1 / latency.ratio_low for _, _, latency in timed))
+    bars, table = [], [["stage", "median", "beside the baseline (95 % interval)"]]
+    for name, row, latency in timed:
+        compared = "the baseline" if row is report.rows[0] else speed(latency)
+        taken = milliseconds(latency.p50_ms)
+        ends = longest.at(1 / latency.ratio_high), longest.at(1 / latency.ratio_low)
+        bars.append(Bar(name, f"{taken}, {compared}", longest.at(1 / latency.ratio), *ends))
+        table.append([name, taken, compared])
+    described = (
+        "Time of one inference as a share of the baseline's, timed beside it; the line at the end of a bar is its 95 % "
+        "interval."
+    )
+    return Picture("Latency", described, Bars(tuple(bars)), table)
+
+
+def tradeoff_picture(report: Report) -> Picture | None:
+    """The first metric of each row against its speed, with the Pareto front; None with fewer than two such rows."""
+    if not report.metrics:
+        return None
+    metric = report.metrics[0]
+    found = [
+        (name, latency, row.measurement.metrics[metric.name])
+        for name, row, latency in _timed(report)
+        if math.isfinite(row.measurement.metrics[metric.name])
+    ]
+    if len(found) < 2:
+        return None
+    sign = 1 if metric.higher_is_better else -1
+    best = charts.front([(latency.ratio, sign * reached) for _, latency, reached in found])
+    ratios = [ratio for _, latency, _ in found for ratio in (latency.ratio_low, latency.ratio_high)]
+    x = charts.spanning(ratios, logarithmic=charts.spans_orders(ratios, factor=4))
+    y = charts.spanning([reached for *_, reached in found], least=0.004 if metric.unit == "%" else 0.0)
+    points = [(x.at(latency.ratio), _down(y.at(reached))) for _, latency, reached in found]
+    marks = tuple(
+        Mark(*point, x.at(latency.ratio_low), x.at(latency.ratio_high), index in best)
+        for index, (point, (_, latency, _)) in enumerate(zip(points, found, strict=True))
+    )
+    plot = Plot(
+        _TALL,
+        "times as fast as the baseline; further right is better",
+        f"{metric.name} (test); {'higher' if metric.higher_is_better else 'lower'} is better",
+        _ticks(x, lambda tick: f"{tick:g}x"),
+        _heights(y, _percent if metric.unit == "%" else "{:.4g}".format),
+        (charts.path(charts.staircase([points[index] for index in best])),),
+        tuple(sorted(marks, key=lambda mark: mark.strong)),  # the front lies above the others
+        charts.labels(points, height=_TALL),
+        tuple(name for name, *_ in found),
+    )
+    described = (
+        "Each number is a stage. Filled points are on the Pareto front: no other stage is as good in both and better "
+        "in one; the line is what they reach. Lines through points are 95 % intervals."
+    )
+    table = [
+        ["number", "stage", "speed beside the baseline", metric.name, "on the Pareto front"],
+        *(
+            [str(index + 1), name, speed(latency), value(metric, reached), "yes" if index in best else "no"]
+            for index, (name, latency, reached) in enumerate(found)
+        ),
+    ]
+    return Picture(f"{metric.name} against speed", described, plot, table)
+
+
+def loss_pictures(report: Report) -> tuple[Picture, ...]:
+    """The course of each loss of each row over its epochs."""
+    return tuple(
+        _loss_picture(f"{name}: {loss}", [epoch.get(loss, math.nan) for epoch in row.losses])
+        for name, row in zip(row_names(report), report.rows, strict=True)
+        for loss in dict.fromkeys(loss for epoch in row.losses for loss in epoch)
+        if any(math.isfinite(epoch.get(loss, math.nan)) for epoch in row.losses)
+    )
+
+
+def class_picture(report: Report) -> Picture | None:
+    """Accuracy per class of baseline and delivered model; None unless both have one."""
+    first, last = report.rows[0].quality, report.rows[-1].quality
+    if len(report.rows) < 2 or not first or not last or not first.per_class_accuracy or not last.per_class_accuracy:
+        return None
+    both = zip(first.per_class_accuracy, last.per_class_accuracy, strict=False)
+    every = [(index, *pair) for index, pair in enumerate(both)]
+    known = [(index, before, after) for index, before, after in every if before is not None and after is not None]
+    if not known:
+        return None
+    shown = _extreme(known, MOST_CLASSES, lambda one: -abs(one[2] - one[1]))
+    axis = charts.spanning([accuracy for _, *both in shown for accuracy in both], least=0.02)
+    axis = charts.Scale(max(axis.low, 0.0), min(axis.high, 1.0))
+    pairs = tuple(
+        Pair(
+            class_name(index, report),
+            f"{share(before)} to {share(after)} ({change(_SHARE, before, after)})",
+            axis.at(before),
+            axis.at(after),
+        )
+        for index, before, after in shown
+    )
+    table = [
+        ["class", "accuracy of the baseline", "of the delivered model", "change"],
+        *(
+            [class_name(index, report), share(before), share(after), change(_SHARE, before, after)]
+            for index, before, after in shown
+        ),
+    ]
+    chosen = f"The {len(shown)} classes whose accuracy changed most. " if len(shown) < len(known) else ""
+    described = (
+        f"{chosen}Share of each class's test samples that are right: a ring is the baseline, a dot is delivered."
+    )
+    return Picture(
+        "Accuracy per class",
+        described,
+        Pairs(pairs, _ticks(axis, _percent, most=3), "baseline", "delivered"),
+        table,
+        left_out(len(known) - len(shown), "classes"),
+    )
+
+
+def channel_pictures(report: Report) -> Iterator[Picture]:
+    """Channels that layers keep, for each row whose layers are those of the row before it, fewer of them channels."""
+    for (old, before), (new, after) in pairwise(zip(row_names(report), report.rows, strict=True)):
+        if before.channels.keys() == after.channels.keys() and before.channels != after.channels:
+            yield _channel_picture(before.channels, after.channels, old, new)
+
+
+def noise_picture(name: str, found: Quantization) -> Picture:
+    """How little each layer alone in int8 changes the outputs of a row's model, whose layers were analysed."""
+    layers = worst_first(found.layers)[:MOST_LAYERS]
+    largest = max([one.alone_sqnr_db for one in layers if one.alone_sqnr_db is not None], default=0.0)
+    scale = charts.Scale(0, max(largest, 1.0))
+    bars = tuple(
+        Bar(
+            one.layer,
+            decibels(one.alone_sqnr_db),
+            100.0 if one.alone_sqnr_db is None else scale.at(one.alone_sqnr_db),
+        )
+        for one in layers
+    )
+    described = (
+        "SQNR of the model's outputs with one layer alone in int8: the shorter the bar, the more it changes them; "
+        f"{shown_layers(found)}."
+    )
+    more = left_out(len(found.layers) - len(layers), "layers")
+    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(found), more)
+
+
+def range_pictures(found: Quantization) -> tuple[Picture, ...]:
+    """What the layers of `noise_picture` give in the float model, within the range of their codes."""
+    return tuple(
+        _range_picture(one.layer, one.histogram)
+        for one in worst_first(found.layers)[:MOST_LAYERS]
+        if one.histogram and one.histogram.counts
+    )
+
+
+def _timed(report: Report) -> list[tuple[str, Row, Latency]]:
+    return [
+        (name, row, row.latency)
+        for name, row in zip(row_names(report), report.rows, strict=True)
+        if row.latency and row.latency.ratio_low > 0
+    ]
+
+
+def _loss_picture(title: str, losses: Sequence[float]) -> Picture:
+    epochs = list(enumerate(losses, start=1))
+    known = [(epoch, loss) for epoch, loss in epochs if math.isfinite(loss)]
+    values = [loss for _, loss in known]
+    logarithmic = charts.spans_orders(values, factor=_LOGARITHMIC_FROM)
+    x, y = charts.Scale(1, max(len(losses), 2)), charts.spanning(values, logarithmic=logarithmic)
+    segments: list[list[charts.Point]] = [[]]
+    for epoch, loss in charts.thinned(epochs, MOST_POINTS):
+        if math.isfinite(loss):
+            segments[-1].append((x.at(epoch), _down(y.at(loss))))
+        elif segments[-1]:
+            segments.append([])
+    (_, begun), (last, ended) = known[0], known[-1]
+    end = x.at(last), _down(y.at(ended))
+    listed = charts.thinned(known, MOST_EPOCHS)
+    plot = Plot(
+        _FLAT,
+        "epoch",
+        "loss, logarithmic" if logarithmic else "loss",
+        tuple(tick for tick in _ticks(x, "{:.10g}".format) if "." not in tick.text),
+        _heights(y, "{:.4g}".format),
+        tuple(charts.path(segment) for segment in segments if segment),
+        (Mark(*end, *(end[0], end[0]), strong=True),),
+    )
+    described = f"{begun:.4g} to {ended:.4g} in {len(losses)} epoch{'s' * (len(losses) > 1)}"
+    table = [["epoch", "loss"], *([str(epoch), f"{loss:.4g}"] for epoch, loss in listed)]
+    return Picture(title, described, plot, table, more_rows=left_out(len(known) - len(listed), "epochs"))
+
+
+def _channel_picture(before: Mapping[str, int], after: Mapping[str, int], old: str, new: str) -> Picture:
+    layers = [(path, channels, after[path]) for path, channels in before.items()]
+    shown = _extreme(layers, MOST_CHANNELS, lambda one: one[2] / one[1])
+    bars = tuple(
+        Bar(path, f"{kept:,} of {channels:,}", charts.Scale(0, channels).at(kept)) for path, channels, kept in shown
+    )
+    table = [
+        ["layer", f"channels after {old}", f"after {new}", "kept"],
+        *([path, f"{channels:,}", f"{kept:,}", share(kept / channels)] for path, channels, kept in shown),
+    ]
+    fewer = sum(kept < channels for _, channels, kept in layers)
+    described = (
+        f"{fewer} of {len(layers)} layers have fewer channels than after {old}; of all, {sum(after.values()):,} of "
+        f"{sum(before.values()):,} remain. The frame is what a layer had, the bar what it keeps."
+    )
+    drawing, more = Bars(bars, whole=True), left_out(len(layers) - len(shown), "layers")
+    return Picture(f"{new}: channels that each layer keeps", described, drawing, table, more)
+
+
+def _range_picture(layer: str, histogram: Histogram) -> Picture:
+    tallest, total = max(histogram.counts), sum(histogram.counts)
+    heights = charts.Scale(0, math.sqrt(tallest or 1))
+    width = (histogram.high - histogram.low) / len(histogram.counts)
+    low, high = f"{histogram.low:.3g}", f"{histogram.high:.3g}"
+    table = [
+        ["from", "to", "share of the values"],
+        *(
+            [
+                f"{histogram.low + number * width:.3g}",
+                f"{histogram.low + (number + 1) * width:.3g}",
+                share(count / (total or 1) * (1 - histogram.below - histogram.above)),
+            ]
+            for number, count in enumerate(histogram.counts)
+        ),
+    ]
+    described = f"Clipped: {share(histogram.below)} below {low}, {share(histogram.above)} above {high}."
+    columns = Columns(tuple(heights.at(math.sqrt(count)) for count in histogram.counts), low, high)
+    return Picture(layer, described, columns, table)
+
+
+def _extreme(items: Sequence[_Item], most: int, key: Callable[[_Item], float]) -> list[_Item]:
+    """Up to `most` of `items`, those of smallest `key`, in the order that they had."""
+    chosen = sorted(range(len(items)), key=lambda index: key(items[index]))[:most]
+    return [items[index] for index in sorted(chosen)]
+
+
+def _ticks(scale: charts.Scale, text: Callable[[float], str], *, most: int = 4) -> tuple[Tick, ...]:
+    """Round numbers of a horizontal axis, in words that have room beside each other on a phone."""
+    return tuple(Tick(scale.at(tick), text(tick)) for tick in scale.ticks(most))
+
+
+def _heights(scale: charts.Scale, text: Callable[[float], str]) -> tuple[Tick, ...]:
+    """Round numbers of a vertical axis, whose places are counted downwards."""
+    return tuple(Tick(_down(scale.at(tick)), text(tick)) for tick in scale.ticks(5))
+
+
+def _percent(tick: float) -> str:
+    return f"{100 * tick:g} %"
+
+
+def _down(percent: float) -> float:
+    return round(100 - percent, 2)
