@@ -52,6 +52,18 @@ PRUNED = ("lenet5", "prunable_resnet56")
 TARGETS, RANGES = ("portable", "x86-vnni"), ("minmax", "moving_average", "entropy", "mse")
 ORT_METHODS, NNCF_PRESETS = ("MinMax", "Entropy", "Percentile"), ("performance", "mixed")
 CALIBRATION_SAMPLES = 256
+SHOWN = {
+    "float32",
+    "int8_ptq, portable",
+    "int8_ptq, portable, keep_float: auto",
+    "int8_ptq, portable, rounding: learned",
+    "int8_ptq, x86-vnni",
+    "int8_qat, portable",
+    "quantize_static, all defaults",
+    "quantize_static tuned, Percentile",
+    "NNCF, performance",
+}
+"""What the README shows of them."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "lenet5": {"epochs": 3, "batch_size": 128},
     "mobile": {"epochs": 60, "batch_size": 64, "optimizer": {"learning_rate": 0.003}},
@@ -287,17 +299,15 @@ def stored(directory: Path, make: Callable[[], TorchModel]) -> TorchModel:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown, a table per network."""
-    lines: list[str] = []
+    """The result as Markdown: a table with a part for each network."""
+    lines = ["| | size, kB | smaller | faster | SQNR, dB | accuracy |", "|---|--:|--:|--:|--:|--:|"]
+    noises: list[str] = []
     for name in dict.fromkeys(row["network"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["network"] == name]
         session = rows[0]["latency_session"]
         noise = max(abs(math.log(session["noise"][f"ratio_{end}"])) for end in ("low", "high"))
-        lines += [
-            f"| {name} | size, kB | smaller | faster | SQNR, dB | accuracy |",
-            "|---|--:|--:|--:|--:|--:|",
-        ]
-        for row in rows:
+        lines.append(f"| **{name}** | | | | | |")
+        for row in (row for row in rows if row["maker"] in SHOWN):
             latency, sqnr = row["latency"], row["sqnr_db"]
             faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
             lines.append(
@@ -305,15 +315,18 @@ def table(result: Mapping[str, Any]) -> str:
                 f"{rows[0]['stripped_bytes'] / row['stripped_bytes']:.2f}x | {faster} | "
                 f"{'' if sqnr is None else f'{sqnr:.1f}'} | {100 * row['accuracy']:.2f} % |"
             )
-        lines += ["", f"<sub>{name}: two sessions of one file differ by up to {100 * noise:.1f} % here.</sub>", ""]
+        noises.append(f"{name} {100 * noise:.1f} %")
     facts = result["environment"]
     versions = facts["versions"]
-    lines.append(
-        f"<sub>`{result['command']}`: one seed, test images, batch 1 on one thread, sizes without metadata. "
+    lines += [
+        "",
+        f"<sub>`{result['command']}`: one seed, test images, batch 1 on one thread, sizes without metadata; two "
+        f"sessions of one file differ by up to: {', '.join(noises)}. "
         f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, onnxruntime "
         f"{versions['onnxruntime']}, NNCF {facts['nncf']}; all of it in "
-        f"[quantization.json](benchmarks/results/quantization.json). x86 without VNNI and ARM: not measured.</sub>"
-    )
+        f"[quantization.json](benchmarks/results/quantization.json), with all range methods. Times on x86 without VNNI "
+        f"and on ARM: not measured.</sub>",
+    ]
     return "\n".join(lines)
 
 
