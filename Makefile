@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark studies clean
 
 demo: $(VENV)/.examples
 	$(BIN)/compress run pipelines/digits.yaml
@@ -32,21 +32,30 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.examples
 
-# The committed numbers. MNIST is a directory with train.npz and test.npz; CIFAR10 has train/CLASS/*.jpg and test/.
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peers]'
+	touch $@
+
+# The committed numbers. MNIST is a directory with train.npz and test.npz; CIFAR10 has train/CLASS/*.jpg and test/;
+# WEIGHTS has resnet20_cifar10.safetensors and resnet56_cifar10.safetensors. Both targets go on where they were stopped.
 MNIST ?= ../shared/data/mnist
 CIFAR10 ?= ../shared/data/cifar10_jpeg
-RESNET56 ?= ../shared/data/weights/resnet56_cifar10.safetensors
-benchmark: $(VENV)/.dev
+WEIGHTS ?= ../shared/data/weights
+benchmark: $(VENV)/.peers
+	$(BIN)/python benchmarks/suite.py $(MNIST) $(CIFAR10) $(WEIGHTS)
+	$(BIN)/python benchmarks/cost.py $(MNIST)
+
+studies: $(VENV)/.peers
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/latency.py
-	$(BIN)/python benchmarks/headline.py pipelines/digits.yaml
 	$(BIN)/python benchmarks/startup.py runs/digits pipelines/digits.yaml
-	$(BIN)/python benchmarks/headline.py pipelines/mnist.yaml --set task.data_dir=$(MNIST)
-	$(BIN)/python benchmarks/distillation.py $(CIFAR10) $(RESNET56)
-	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(RESNET56)
-	$(BIN)/python benchmarks/pruning.py $(CIFAR10) $(RESNET56)
-	$(BIN)/python benchmarks/sparsity.py $(MNIST) $(CIFAR10) $(RESNET56)
+	$(BIN)/python benchmarks/distillation.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
+	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
+	$(BIN)/python benchmarks/pruning.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
+	$(BIN)/python benchmarks/sparsity.py $(MNIST) $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
+	$(BIN)/python benchmarks/quantization.py $(MNIST) $(CIFAR10) $(WEIGHTS)
 	$(BIN)/python benchmarks/qat_cost.py
+	$(BIN)/python benchmarks/transformer_int8.py
 
 clean:
 	rm -rf $(VENV) runs

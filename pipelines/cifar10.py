@@ -80,15 +80,25 @@ def resnet56() -> nn.Module:
 
 
 def prunable_resnet56(weights_path: Path) -> nn.Module:
-    """ResNet-56 with the weights of `resnet56` in a file, and equal logits, whose shortcuts are layers.
+    """ResNet-56 with the weights of `resnet56` in a file, and equal logits, whose shortcuts are layers."""
+    return with_projections(9, weights_path)
+
+
+def prunable_resnet20(weights_path: Path) -> nn.Module:
+    """ResNet-20 in the same way."""
+    return with_projections(3, weights_path)
+
+
+def with_projections(blocks: int, weights_path: Path) -> nn.Module:
+    """A ResNet with weights of one that has none, and equal logits.
 
     Zeros that a shortcut adds in `forward` stand before and behind the channels of the layers before it: such channels
     cannot leave one by one.
     """
-    module = ResNet(blocks=9, projections=True)
+    module = ResNet(blocks, projections=True)
     incompatible = module.load_state_dict(load_file(weights_path), strict=False)
     if incompatible.unexpected_keys or not all("projection" in key for key in incompatible.missing_keys):
-        msg = f"{weights_path} must hold the weights of resnet56, but: {incompatible}"
+        msg = f"{weights_path} must hold the weights of a ResNet of {blocks} blocks a stack, but: {incompatible}"
         raise ValueError(msg)
     return module
 

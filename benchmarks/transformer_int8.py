@@ -1,0 +1,175 @@
+"""Which int8 is fastest for transformers: `python benchmarks/transformer_int8.py`.
+
+Hugging Face's BERT, ViT and GPT-2 in small configurations with random weights, one sample on one thread: static int8
+with float outputs (`int8_ptq`), dynamic int8 (onnxruntime's `quantize_dynamic`: MatMulInteger, ranges found at each
+call) and weights alone (`weight_only`: MatMulNBits), beside float32 in one session. SQNR is of the outputs on other
+samples than those of the calibration; random weights say nothing about the accuracy of a trained model.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+ROOT = Path(__file__).parents[1]
+
+from compressor.artifact import OnnxModel, TorchModel
+from compressor.export import to_onnx
+from compressor.latency import time_models
+from compressor.plugins import Reference
+from compressor.report.environment import environment
+from compressor.stage import Stage, StageContext
+from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.stages.quantization.weight_only import WeightOnly
+from compressor.task import Samples, Task
+
+README, BEGIN, END = ROOT / "README.md", "<!-- transformers:begin -->", "<!-- transformers:end -->"
+WIDTH, BLOCKS, HEADS, TOKENS, VOCABULARY = 384, 6, 6, 128, 8192
+SIZES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 4 * WIDTH,
+}
+
+
+class Logits(nn.Module):
+    """A Hugging Face model that gives a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map token indices (N, tokens) or images (N, 3, H, W) to logits."""
+        logits: Tensor = self.model(inputs).logits
+        return logits
+
+
+def bert() -> nn.Module:
+    """An encoder of text, 128 tokens."""
+    return Logits(BertForSequenceClassification(BertConfig(**SIZES, vocab_size=VOCABULARY, num_labels=10)))
+
+
+def vit() -> nn.Module:
+    """An encoder of images, 64 patches."""
+    return Logits(ViTForImageClassification(ViTConfig(**SIZES, image_size=64, patch_size=8, num_labels=10)))
+
+
+def gpt2() -> nn.Module:
+    """A decoder of text that reads 128 tokens at once."""
+    sizes = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": TOKENS}
+    return Logits(GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=VOCABULARY, use_cache=False)))
+
+
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"bert": bert, "vit": vit, "gpt2": gpt2}
+STAGES: Mapping[str, tuple[type[Stage[TorchModel, OnnxModel]], Mapping[str, Any]]] = {
+    "int8_ptq, portable": (Int8Ptq, {"target": "portable"}),
+    "int8_ptq, x86-vnni": (Int8Ptq, {"target": "x86-vnni"}),
+    "weight_only, 8 bits": (WeightOnly, {"bits": 8}),
+    "weight_only, 4 bits": (WeightOnly, {"bits": 4}),
+}
+
+
+def main() -> None:
+    """Make and time every file, then print and write the table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        rows = [row for name in NETWORKS for row in compared(name, Path(directory))]
+    result = {"command": "python benchmarks/transformer_int8.py", "rows": rows, "environment": environment()}
+    (ROOT / "benchmarks" / "results" / "transformer_int8.json").write_text(json.dumps(result, indent=1) + "\n")
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+    print(table(result))
+
+
+def compared(name: str, directory: Path) -> list[dict[str, Any]]:
+    """Figures of each form of one network, float32 first."""
+    torch.manual_seed(0)
+    model = TorchModel(NETWORKS[name]().eval(), Reference(factory=f"transformer_int8:{name}"))
+    task = task_of(name)
+    (directory / name).mkdir()
+    files = {"float32": to_onnx(model.module, task, directory / name / "float32.onnx").path}
+    for maker, (stage, settings) in STAGES.items():
+        print(f"{name}: {maker}", flush=True)
+        place = directory / name / maker.replace(", ", "_").replace(" ", "_")
+        place.mkdir(parents=True)
+        context = StageContext(model, torch.device("cpu"), 0, place, print)
+        files[maker] = stage.model_validate_json(json.dumps(settings)).apply(model, task, context).path
+    dynamic = directory / name / "dynamic.onnx"
+    quantize_dynamic(files["float32"], dynamic, per_channel=True, weight_type=QuantType.QInt8)
+    files["dynamic, onnxruntime"] = dynamic
+    wanted = OnnxModel(files["float32"]).predict(task.test.inputs)
+    times, session = time_models(tuple(files.values()), inputs=[task.example_inputs[0][:1].numpy()])
+    return [
+        {
+            "network": name,
+            "maker": maker,
+            "size_bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
+            "sqnr_db": sqnr_db(wanted, OnnxModel(file).predict(task.test.inputs)) if maker != "float32" else None,
+            "latency": latency.model_dump(),
+            "latency_session": session.model_dump(),
+        }
+        for (maker, file), latency in zip(files.items(), times, strict=True)
+    ]
+
+
+def task_of(name: str) -> Task:
+    """Random tokens, or images of smooth noise, and no targets that mean anything."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "vit":
+        coarse = torch.randn(96, 3, 16, 16, generator=generator)
+        inputs = nn.functional.interpolate(coarse, size=64, mode="bilinear")
+    else:
+        inputs = torch.randint(VOCABULARY, (96, TOKENS), generator=generator)
+    targets = torch.zeros((96, TOKENS) if name == "gpt2" else 96, dtype=torch.int64)
+    seen, unseen = Samples((inputs[:64],), targets[:64]), Samples((inputs[64:],), targets[64:])
+    return Task(seen, unseen, unseen, seen, (inputs[:2],))
+
+
+def sqnr_db(wanted: Tensor, found: Tensor) -> float:
+    """Power of the outputs over that of their change."""
+    return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["| network | weights and activations | size, MB | faster | SQNR, dB |", "|---|---|--:|--:|--:|"]
+    for row in result["rows"]:
+        latency, sqnr = row["latency"], row["sqnr_db"]
+        faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
+        lines.append(
+            f"| {row['network']} | {row['maker']} | {row['size_bytes'] / 1e6:.1f} | {faster} | "
+            f"{'' if sqnr is None else f'{sqnr:.1f}'} |"
+        )
+    noises = [row["latency_session"]["noise"] for row in result["rows"]]
+    noise = max(abs(math.log(found[f"ratio_{end}"])) for found in noises for end in ("low", "high"))
+    facts = result["environment"]
+    lines += [
+        "",
+        f"<sub>`{result['command']}`: {BLOCKS} blocks of width {WIDTH}, random weights, one sample ({TOKENS} tokens; "
+        f"64 patches) on one thread; two sessions of one file differ by up to {100 * noise:.1f} %. {facts['cpu']} "
+        f"({', '.join(facts['cpu_flags'])}), torch {facts['versions']['torch']}, onnxruntime "
+        f"{facts['versions']['onnxruntime']}; all of it in "
+        f"[transformer_int8.json](benchmarks/results/transformer_int8.json).</sub>",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
