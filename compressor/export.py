@@ -27,7 +27,11 @@ from compressor.task import Inputs, Task
 
 OPSET = 20
 
-_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+_NOISY_LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx._internal.exporter._registration",
+    "torch.utils._pytree",
+)
 
 _aten = torch.ops.aten
 _AVERAGE_POOLS = {1: _aten.avg_pool1d.default, 2: _aten.avg_pool2d.default}
@@ -226,7 +230,7 @@ def _advice(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Keep back what torch says of itself: no torchvision, its own deprecations."""
+    """Keep back what torch says of itself: no torchvision, its own deprecations, what is raised as well."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -19,8 +19,17 @@ SAME_GRAPH_TOLERANCE = 1e-6
 
 
 def check_parity(model: OnnxModel, reference: Callable[[Inputs], Tensor], split: Split, *, tolerance: float) -> None:
-    """Compare the outputs of `model` and `reference`. Raises StageError if `output_error` is above `tolerance`."""
+    """Compare the outputs of `model` and `reference`. Raises StageError if `output_error` is above `tolerance`.
+
+    That outputs are not finite is an error of its own: neither the exporter nor ONNX Runtime is at fault then.
+    """
     error = output_error(model, reference, split)
+    if math.isnan(error):
+        msg = (
+            f"outputs of {model.path.name} must be finite numbers on the validation split, found NaN or infinity; look "
+            "at its samples and at the weights"
+        )
+        raise StageError(msg)
     if not error <= tolerance:
         msg = (
             f"outputs of {model.path.name} must have a relative error of at most {tolerance:g} on the validation "

@@ -140,4 +140,9 @@ def _outputs(model: TorchModel, task: Task) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != task.example_inputs[0].shape[:1]:
         msg = f"{model.factory.factory} must return one tensor with a row per sample, got {type(outputs).__name__}"
         raise InputError(msg)
+    if outputs.is_complex():
+        msg = (
+            f"{model.factory.factory} must return real numbers, got {outputs.dtype}; return torch.view_as_real of them"
+        )
+        raise InputError(msg)
     return outputs

@@ -101,7 +101,7 @@ def fit(
     `first_epoch` epochs of samples count as seen: order and augmentation go on from there.
 
     Raises InputError if the data is empty or a batch does not divide as asked, StageError if no parameter may move or
-    a loss is not finite; the message has the step and the learning rate.
+    a loss or, in the end, a weight is not finite; the message has the step and the learning rate.
     """
     accelerator = _accelerator(device)
     drawn = draws(data, batch_size, accelerator.num_processes)
@@ -155,6 +155,7 @@ def fit(
                     log(f"epoch {(step + 1) // drawn.steps}/{epochs}: {line}")
     if accelerator.num_processes > 1:
         _average([buffer for buffer in trained.buffers() if buffer.is_floating_point()], accelerator)
+    _check_weights(trained, f"step {steps}/{steps}, learning rate {rate:.3g}")
     return trained.cpu().eval()
 
 
@@ -226,3 +227,11 @@ def _check_finite(total: Tensor, means: Mapping[str, Tensor], place: str) -> Non
         losses = ", ".join(f"{name} {value.item():.3g}" for name, value in means.items())
         msg = f"losses must be finite, got {losses} at {place}; lower the learning rate or look at the data"
         raise StageError(msg)
+
+
+def _check_weights(module: nn.Module, place: str) -> None:
+    """What the last step did, no loss has seen."""
+    for name, weight in module.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            msg = f"weights must be finite, got NaN or infinity in {name!r} after {place}; lower the learning rate"
+            raise StageError(msg)

@@ -85,7 +85,10 @@ def _problems(model: type[BaseModel], node: Node, where: KeyPath, errors: Sequen
         path, found = node.at(tuple(parents))
         if error["type"] == "missing" and (path, last) not in misspelt:
             yield found.place.problem(f"{dotted(where + path) or 'the file'} needs the key {last!r}")
+    paths = [node.at(tuple(error["loc"]))[0] for error in errors]
     for path, reasons in unmet.items():
+        if any(other != path and other[: len(path)] == path for other in paths):
+            continue  # where one of several types is asked for, the value is of another one, and at fault further down
         _, found = node.at(path)
         yield found.place.problem(_unmet(dotted(where + path), found.plain(), reasons))
 

@@ -318,6 +318,18 @@ def test_student_of_other_classes_is_refused_before_any_training(tmp_path):
     assert not list((tmp_path / "runs").glob("stages/*")), time.monotonic() - started
 
 
+def test_model_of_complex_outputs_is_refused(tmp_path):
+    file = write_pipeline(tmp_path)
+    code = CODE.replace(
+        "def network(width=16):\n    return nn.Sequential(", "def network(width=16):\n    return Turned("
+    )
+    file.with_name("digits_code.py").write_text(
+        code + "\n\nclass Turned(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x) * 1j\n"
+    )
+    with pytest.raises(InputError, match=r"network must return real numbers, got torch\.complex64"):
+        run(load(file), tmp_path / "runs", device=CPU)
+
+
 def test_error_in_user_code_is_an_input_error_that_names_the_line(tmp_path):
     file = write_pipeline(tmp_path)
     file.with_name("digits_code.py").write_text(CODE.replace("digits = load_digits()", "digits = load_digits(0)"))

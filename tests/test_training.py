@@ -98,6 +98,13 @@ def test_not_finite_loss_stops_with_step_and_learning_rate(digits_task):
         fit_briefly(small_network(), digits_task.train, optimizer=DIVERGING)
 
 
+def test_weights_that_the_last_step_made_infinite_are_refused(digits_task):
+    few = Samples((digits_task.train.inputs[0][:64],), digits_task.train.targets[:64])
+    endless = Optimizer(name="sgd", learning_rate=1e38, weight_decay=1e3, schedule="constant", warmup=0.0)
+    with pytest.raises(StageError, match=r"NaN or infinity in '\S+' after step 1/1, learning rate 1e\+38"):
+        fit_briefly(small_network(), few, epochs=1, optimizer=endless)
+
+
 def test_frozen_model_is_refused(digits_task):
     with pytest.raises(StageError, match="requires_grad"):
         fit_briefly(small_network().requires_grad_(False), digits_task.train)

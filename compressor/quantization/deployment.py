@@ -64,7 +64,7 @@ def compare(
     once, so that they differ from PyTorch's sums only where these fall on the edge between two codes. There a tensor
     moves by one code; on its way to the output that grows, but stays below a quantum in the mean (0.3 for ResNet-20),
     while a wrong operator or scale, or an overflow, makes many. Where two logits lie within the tolerance of each
-    other, no class is the right one, and another name is no departure.
+    other, no class is the right one, and another name is no departure. Raises StageError if outputs are not finite.
     """
     metric = task.metrics[0]
     sums: list[Tensor] = []
@@ -74,6 +74,7 @@ def compare(
     for indices in _batches(rows):
         batch = gather(task.validation, indices)
         outputs = (reference(batch.inputs), predict(simulated, batch.inputs), deployed.predict(batch.inputs))
+        _check_finite(outputs, indices)
         wanted, ours, theirs = (found.double() for found in outputs)
         tolerance = max(tolerance, FLOAT_TOLERANCE * _root_mean_square(ours))
         sums.append(torch.stack([metric.statistics(found, batch.targets) for found in outputs]))
@@ -99,6 +100,16 @@ def compare(
         agreement=same / classified if classified else None,
         departures=apart / classified if classified else None,
     )
+
+
+def _check_finite(outputs: Sequence[Tensor], rows: Sequence[int]) -> None:
+    for name, found in zip(("float", "int8", "exported int8"), outputs, strict=True):
+        if not found.isfinite().all():
+            msg = (
+                f"outputs of the {name} model must be finite numbers, found NaN or infinity on validation samples "
+                f"{rows[0]} to {rows[-1]}; look at them and at the weights"
+            )
+            raise StageError(msg)
 
 
 def metric_info(metric: Metric) -> MetricInfo:

@@ -74,13 +74,16 @@ def parameter(graph: GraphModule, node: Node) -> Tensor:
     return operator.attrgetter(str(node.target))(graph)  # type: ignore[no-any-return]  # fx checks it
 
 
-def add_tensor(graph: GraphModule, name: str, tensor: Tensor) -> Node:
-    """Register `tensor` and return a new node, where the graph is being written, that reads it."""
+def add_tensor(graph: GraphModule, name: str, tensor: Tensor, *, trains: bool = True) -> Node:
+    """Register `tensor` and return a new node, where the graph is being written, that reads it.
+
+    Numbers become a parameter, which moves in training unless `trains` is false.
+    """
     free = name.replace(".", "_")
     while hasattr(graph, free):
         free += "_"
     if tensor.is_floating_point() and tensor.ndim > 0:
-        graph.register_parameter(free, nn.Parameter(tensor.detach()))
+        graph.register_parameter(free, nn.Parameter(tensor.detach(), requires_grad=trains))
     else:
         graph.register_buffer(free, tensor)
     node = graph.graph.get_attr(free)
@@ -172,20 +175,22 @@ def _rewrite_calls(graph: GraphModule) -> None:
 
 
 def _compute_constants(graph: GraphModule) -> None:
-    """Compute what follows from weights alone, such as the parts of a fused projection, in place."""
+    """Compute what follows from weights alone, such as the parts of a fused projection, in place.
+
+    What follows from buffers and frozen parameters does not train either.
+    """
     values: dict[Node, Any] = {}
     for node in graph.graph.nodes:
         if is_parameter(node):
             values[node] = parameter(graph, node)
         elif node.op == "call_function" and node.all_input_nodes and all(n in values for n in node.all_input_nodes):
             arguments = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():
-                values[node] = node.target(*arguments[0], **arguments[1])
+            values[node] = node.target(*arguments[0], **arguments[1])
     for node, value in values.items():
         if node.op == "call_function" and isinstance(value, Tensor) and any(user not in values for user in node.users):
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(
-                    add_tensor(graph, f"{node.name}_constant", value.clone()),
+                    add_tensor(graph, f"{node.name}_constant", value.clone(), trains=value.requires_grad),
                     delete_user_cb=lambda user: user not in values,
                 )
 
@@ -248,10 +253,11 @@ def _scale_outputs(graph: GraphModule, layer: Node, factor: float, offset: float
     source, weight, bias, *rest = (*arguments(layer), None)[: max(3, len(arguments(layer)))]
     old_weight = parameter(graph, weight).detach()
     old_bias = old_weight.new_zeros(len(old_weight)) if bias is None else parameter(graph, bias).detach()
+    trains = parameter(graph, weight).requires_grad
     with graph.graph.inserting_before(layer):
         tensors = (
-            add_tensor(graph, f"{weight.target}_scaled", old_weight * factor),
-            add_tensor(graph, f"{layer.name}_bias_scaled", old_bias * factor + offset),
+            add_tensor(graph, f"{weight.target}_scaled", old_weight * factor, trains=trains),
+            add_tensor(graph, f"{layer.name}_bias_scaled", old_bias * factor + offset, trains=trains),
         )
     layer.args = (source, *tensors, *rest)
 

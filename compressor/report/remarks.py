@@ -8,7 +8,7 @@ from compressor.report.figures import change, count, milliseconds, printable, si
 from compressor.report.records import Latency, LatencySession, MetricInfo, Preparation, Report, Row
 
 _MANY_ZEROS = 0.1
-"""Share of the parameters from which on their loss is worth a sentence: a few biases are zero in many models."""
+"""Share of the parameters from which on zeros are worth a sentence: a few biases or codes are zero in many models."""
 
 
 def headline(report: Report) -> str:
@@ -119,9 +119,11 @@ def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySes
     was, now = before.measurement, after.measurement
     if now.parameters != was.parameters or now.nonzero >= was.nonzero or now.size_bytes < 0.99 * was.size_bytes:
         return
-    share = 100 * (1 - now.nonzero / now.parameters)
+    share = 1 - now.nonzero / now.parameters
+    if share < _MANY_ZEROS:
+        return
     yield (
-        f"{share:.0f} % of the parameters of {new} are zero, {now.nonzero:,} of {now.parameters:,} are not, but "
+        f"{100 * share:.0f} % of the parameters of {new} are zero, {now.nonzero:,} of {now.parameters:,} are not, but "
         f"its file is as large as that of {old}, {size(now.size_bytes)} after {size(was.size_bytes)}: zeros are stored "
         f"and multiplied like other numbers; they only compress better, to {size(now.transfer_bytes)} after "
         f"{size(was.transfer_bytes)} (gzip).{_speed_with_zeros(before, after, old, session)}"

@@ -64,6 +64,7 @@ class Prune(Stage[TorchModel, TorchModel]):
     pruning_ratio: float = Field(gt=0, lt=1)
     recovery: Recovery | None = None
     round_to: int | Literal["target"] = 8
+    protect: Literal["none"] | tuple[str, ...] = ()
 
     def apply(self, model: TorchModel, task, context) -> TorchModel: ...
 

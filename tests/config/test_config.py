@@ -51,6 +51,7 @@ def test_the_settings_hold_every_default_and_no_path_of_the_machine(directory: P
                 "pruning_ratio": 0.5,
                 "recovery": {"epochs": 10, "losses": {}, "sizes": [8, 8]},
                 "round_to": 8,
+                "protect": [],
             },
             {"stage": "quantize", "target": "portable"},
             {"stage": "export"},
@@ -148,6 +149,14 @@ seed: 2
         (
             changed("{epochs: 10}", "{epochs: 10}\n    round_to: all"),
             ["12:15: stages.2.round_to must be an integer or must be 'target', got 'all'"],
+        ),
+        (
+            changed("pruning_ratio: 0.5", "pruning_ratio: 0.5\n    protect: [stem, 3]"),
+            ["11:21: stages.2.protect.1 must be text, got 3"],
+        ),
+        (
+            changed("pruning_ratio: 0.5", "pruning_ratio: 0.5\n    protect: 3"),
+            ["11:14: stages.2.protect must be 'none' or must be a list, got 3"],
         ),
         (changed("{size_ratio: {min: 10}, accuracy_drop: {max: 0.01}}", "{}"), ["14:7: gate: a gate must have "]),
         (changed("data_dir: data", "data_dir: 3"), ["3:40: task.data_dir must be a path, got 3"]),

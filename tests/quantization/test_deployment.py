@@ -1,5 +1,6 @@
 """Whether the file does under ONNX Runtime what its graph does in PyTorch."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def test_another_class_among_equal_logits_is_no_departure(digits_task: Task, tmp
     assert other.agreement == 0
     assert other.departures == 0
     assert other.difference == pytest.approx(0.001, rel=0.01)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_sample_that_makes_outputs_not_finite_is_told(
+    number: float, plain: TorchModel, digits_task: Task, tmp_path: Path
+) -> None:
+    images = digits_task.validation.inputs[0].clone()
+    images[5] = number
+    task = replace(digits_task, validation=Samples((images,), digits_task.validation.targets))
+    int8 = int8_of(plain.module, digits_task)
+    with pytest.raises(StageError, match=r"of the float model must be finite numbers, .* samples 3 to 179"):
+        deploy(int8, plain.predict, task, tmp_path / "model.onnx", range(180))
 
 
 def test_regression_is_compared_without_classes(digits_task: Task, tmp_path: Path) -> None:

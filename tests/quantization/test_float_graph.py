@@ -116,6 +116,26 @@ def test_parts_of_a_fused_projection_are_weights_of_their_own(digits_task):
     assert {node.args[1].op for node in linears} == {"get_attr"}
 
 
+class Masked(nn.Module):
+    """A linear layer, of which a part is used, and a mask, of which a part is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 20)
+        self.register_buffer("mask", torch.full((20,), -1e9))
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.head.weight[:10], self.head.bias[:10]) + self.mask[:10]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_constants_train_if_they_come_from_what_trains(frozen, digits_task):
+    module = Masked().requires_grad_(not frozen)
+    graph = float_graph(module.eval(), digits_task)
+    trains = sorted((p.ndim, p.requires_grad) for p in graph.parameters())
+    assert trains == [(1, False), (1, not frozen), (2, not frozen)]
+
+
 def test_layers_have_paths_and_functions_their_name_below_the_path(digits_task):
     graph = float_graph(ResidualNetwork().eval(), digits_task)
     layers = [node.meta["layer"] for node in graph.graph.nodes if node.op == "call_function"]

@@ -138,6 +138,10 @@ def test_zeros_that_make_the_file_no_smaller_are_called_what_they_are():
     )
 
 
+def test_a_zero_here_and_there_is_not_mentioned():
+    assert not [remark for remark in remarks(report(row("a"), row("b", nonzero=24_900))) if "zero" in remark]
+
+
 def test_a_gain_of_speed_by_zeros_is_claimed_only_beyond_the_noise():
     within, beyond = (row("b", nonzero=12_500, timed=latency(ratio, 0.001)) for ratio in (1.004, 1.1))
     (told,) = remarks(report(row("a"), within, noise=latency(1.0, 0.005)))

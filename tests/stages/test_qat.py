@@ -123,10 +123,15 @@ def test_training_brings_outputs_closer_to_the_baseline_than_calibration_does(tr
 
 
 def test_last_third_of_the_epochs_is_frozen(quantized):
-    *epochs, last = quantized(ResidualNetwork, LONG).said
+    _, *epochs, last = quantized(ResidualNetwork, LONG).said
     live, frozen = ([f"epoch {number}/{of}" for number in range(1, of + 1)] for of in (4, 2))
     assert [line.split(":")[0] for line in epochs] == [*live, *frozen]
     assert last.startswith("accuracy on 180 validation samples: float ")
+
+
+def test_calibration_is_told_as_by_ptq(quantized):
+    said = quantized(PlainNetwork, qat(epochs=1, calibration_samples=4)).said
+    assert said[0] == "calibrated on 4 samples, fewer than 64: ranges may be too small"
 
 
 def test_frozen_epochs_leave_ranges_as_they_were_calibrated_and_live_ones_do_not(quantized):

@@ -1,11 +1,21 @@
-"""What every int8 stage does first: plan what becomes int8, and say what does not."""
+"""What every int8 stage does first: choose samples, plan what becomes int8, and say what does not."""
 
 from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule
 
 from compressor.errors import StageError
+from compressor.quantization.calibration import FEW_SAMPLES, calibration_samples
 from compressor.quantization.plan import Plan, plan_int8, weighted_floats
+from compressor.task import Split
+
+
+def chosen(split: Split, count: int, log: Callable[[str], None]) -> list[int]:
+    """`calibration_samples`; `log` is told how many, and if they are few."""
+    samples = calibration_samples(split, count)
+    few = f", fewer than {FEW_SAMPLES}: ranges may be too small" if len(samples) < FEW_SAMPLES else ""
+    log(f"calibrated on {len(samples)} samples{few}")
+    return samples
 
 
 def planned(

@@ -10,7 +10,7 @@ from compressor.artifact import OnnxModel, TorchModel
 from compressor.parity import spread
 from compressor.processes import processes, told
 from compressor.quantization.analysis import analyse
-from compressor.quantization.calibration import FEW_SAMPLES, calibration_samples
+from compressor.quantization.calibration import calibration_samples
 from compressor.quantization.deployment import deploy
 from compressor.quantization.equalization import equalized
 from compressor.quantization.fallback import Candidate, Limits, Quantize, is_within, put_back
@@ -25,7 +25,7 @@ from compressor.quantization.targets import TARGETS, TargetName
 from compressor.report.int8 import described, outcome
 from compressor.report.records import Quantization
 from compressor.stage import Stage, StageContext
-from compressor.stages.quantization.planning import planned
+from compressor.stages.quantization.planning import chosen, planned
 from compressor.task import Task
 
 
@@ -88,9 +88,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
         calibration sample, an activation is not finite or `keep_float` names no layer, StageError if no layer can be
         int8, the model is quantized already, the export fails, or ONNX Runtime departs from PyTorch.
         """
-        samples = calibration_samples(task.calibration, self.calibration_samples)
-        few = f", fewer than {FEW_SAMPLES}: ranges may be too small" if len(samples) < FEW_SAMPLES else ""
-        context.log(f"calibrated on {len(samples)} samples{few}")
+        samples = chosen(task.calibration, self.calibration_samples, context.log)
         float_model = folded(float_graph(model.module, task))
         graph = equalized(float_model) if self.equalization else float_model
         kept, stored = self._in_float(graph, task, context)

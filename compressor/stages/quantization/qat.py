@@ -27,7 +27,7 @@ from compressor.quantization.targets import TARGETS, TargetName
 from compressor.report.int8 import described
 from compressor.report.records import Quantization
 from compressor.stage import Stage, StageContext
-from compressor.stages.quantization.planning import planned
+from compressor.stages.quantization.planning import chosen, planned
 from compressor.task import Task
 from compressor.training import Optimizer
 
@@ -39,7 +39,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
     It distils from the baseline unless `losses` names `hard` alone. Dropout takes no part.
     """
 
-    version = 2
+    version = 3
     target: TargetName = "portable"
     """As in `int8_ptq`."""
     calibration_samples: int = Field(default=512, gt=0)
@@ -87,7 +87,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
         Under torchrun the main process calibrates. Raises what `Int8Ptq.apply` and `distil` raise.
         """
         decides = processes(context.device).is_main_process
-        samples = calibration_samples(task.calibration, self.calibration_samples)
+        samples = chosen(task.calibration, self.calibration_samples, context.log)
         graph, plan = planned(float_graph(model.module, task), context.log)
         ranges = told(calibrate(graph, plan, task.calibration, samples, self.ranges) if decides else None)
         graph, ranges = self._trained(graph, plan, ranges, model=model, task=task, context=context)
