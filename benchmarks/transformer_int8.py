@@ -70,10 +70,18 @@ def vit() -> nn.Module:
     return Logits(ViTForImageClassification(ViTConfig(**SIZES, image_size=64, patch_size=8, num_labels=10)))
 
 
+class Next(Logits):
+    """One that gives the logits of what follows the last token."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map token indices (N, tokens) to logits (N, vocabulary)."""
+        return super().forward(inputs)[:, -1]
+
+
 def gpt2() -> nn.Module:
     """A decoder of text that reads 128 tokens at once."""
     sizes = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": TOKENS}
-    return Logits(GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=VOCABULARY, use_cache=False)))
+    return Next(GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=VOCABULARY, use_cache=False)))
 
 
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"bert": bert, "vit": vit, "gpt2": gpt2}
@@ -137,7 +145,7 @@ def task_of(name: str) -> Task:
         inputs = nn.functional.interpolate(coarse, size=64, mode="bilinear")
     else:
         inputs = torch.randint(VOCABULARY, (96, TOKENS), generator=generator)
-    targets = torch.zeros((96, TOKENS) if name == "gpt2" else 96, dtype=torch.int64)
+    targets = torch.zeros(96, dtype=torch.int64)
     seen, unseen = Samples((inputs[:64],), targets[:64]), Samples((inputs[64:],), targets[64:])
     return Task(seen, unseen, unseen, seen, (inputs[:2],))
 

@@ -35,8 +35,8 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
 
     version = 3
     target: TargetName = "portable"
-    """Where the model will run. `portable` has 7-bit weights, whose sums fit on every CPU; the others have 8-bit weights,
-    whose sums overflow on x86 CPUs without VNNI."""
+    """Where the model will run. `portable` has 7-bit weights, whose sums fit on every CPU; the others have 8-bit
+    weights, whose sums overflow on x86 CPUs without VNNI."""
     calibration_samples: int = Field(default=512, gt=0)
     """Samples of the calibration split that set the ranges of activations; all of them if there are fewer."""
     ranges: RangeMethod = "percentile"
