@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from compressor.errors import InputError
 from compressor.parity import spread
 from compressor.quantization.codes import Range
-from compressor.quantization.graph import BATCH_NORM, is_parameter, parameter
+from compressor.quantization.graph import BATCH_NORM, parameter
 from compressor.quantization.plan import CLIPS, Plan
 from compressor.quantization.ranges import Histogram, RangeMethod, find_range, histogram
 from compressor.task import Split, gather
@@ -38,9 +38,13 @@ def calibrate(
     """Return the range of each tensor that has one of its own in `plan`, by name, in one pass over the samples.
 
     `samples` are indices into `split`, which is used as it is, without augmentation; their order changes nothing.
-    Memory grows with neither their number nor the batches'. Raises InputError naming the first weight or layer whose
-    numbers are not finite.
+    Memory grows with neither their number nor the batches'. Raises InputError naming the first weight that
+    becomes int8, or layer with a range, whose numbers are not finite.
     """
+    planned = {name for unit in plan.units if unit.weight for name in (unit.weight.node, unit.weight.bias)}
+    for node in graph.graph.nodes:
+        if node.name in planned:  # other tensors may hold infinity, as masks of attention do
+            _check_finite(parameter(graph, node), node)
     seen: dict[str, Histogram] = {}
     for batch in observed(graph, plan.ranged, split, samples):
         for name, values in batch.items():
@@ -54,11 +58,8 @@ def observed(
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield what the nodes called `names` give, by name, for a batch of samples at a time.
 
-    Raises InputError naming the first weight or layer whose numbers are not finite.
+    Raises InputError naming the first of them whose numbers are not finite.
     """
-    for node in graph.graph.nodes:
-        if is_parameter(node):
-            _check_finite(parameter(graph, node), node)
     nodes = {node.name: node for node in graph.graph.nodes}
     for start in range(0, len(samples), _BATCH_SIZE):
         interpreter = _Keeper(graph, garbage_collect_values=True)

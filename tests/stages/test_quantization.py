@@ -264,6 +264,29 @@ def test_calibration_sample_that_is_not_finite_is_refused(pair: Pair, digits_tas
         apply(Int8Ptq(), pair.float_model, task, tmp_path)
 
 
+class MaskedAttention(nn.Module):
+    """Rows of an image attend to those above them; a buffer holds minus infinity for the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.register_buffer("mask", torch.full((8, 8), -math.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[:, 0]
+        weights = (self.query(rows) @ rows.transpose(1, 2) + self.mask).softmax(dim=-1)
+        return self.head((weights @ self.value(rows)).mean(dim=1))
+
+
+def test_mask_of_minus_infinity_is_no_fault(digits_task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = wrap(MaskedAttention().eval())
+    exported = apply(Int8Ptq(), model, digits_task, tmp_path)
+    inputs = digits_task.validation.inputs
+    # a product of vectors of 8 takes two of 256 codes in a row
+    assert relative_error(exported.predict(inputs), model.predict(inputs)) < 0.05
+
+
 def test_empty_calibration_split_is_refused(digits_task: Task, tmp_path: Path) -> None:
     empty = Samples((torch.zeros(0, 1, 8, 8),), torch.zeros(0, dtype=torch.long))
     with pytest.raises(InputError, match="calibration split must have samples, got 0"):
