@@ -16,6 +16,8 @@ from compressor.task import Split, gather
 
 _BATCH_SIZE = 64
 
+LEAST_SAMPLES = 8
+"""From fewer no range can be told: a layer may have given nothing yet on them."""
 FEW_SAMPLES = 64
 """Fewer samples than this may miss much of what an activation can be."""
 
@@ -23,11 +25,11 @@ FEW_SAMPLES = 64
 def calibration_samples(split: Split, count: int) -> list[int]:
     """Indices of `count` samples to calibrate on, or of all if there are fewer, spread over the calibration split.
 
-    Raises InputError if it has none.
+    Raises InputError if that are fewer than `LEAST_SAMPLES`.
     """
     samples = spread(split, count)
-    if not samples:
-        msg = "the calibration split must have samples, got 0"
+    if len(samples) < LEAST_SAMPLES:
+        msg = f"the calibration split must have at least {LEAST_SAMPLES} samples, got {len(samples)}"
         raise InputError(msg)
     return samples
 

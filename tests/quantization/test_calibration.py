@@ -54,20 +54,21 @@ def test_order_of_samples_changes_no_range(
 
 
 def test_samples_to_calibrate_on_are_spread_over_the_split(digits_task: Task) -> None:
-    assert calibration_samples(digits_task.calibration, 4) == [0, 64, 128, 192]
+    assert calibration_samples(digits_task.calibration, 8) == [0, 32, 64, 96, 128, 160, 192, 224]
     assert calibration_samples(digits_task.calibration, 1000) == list(range(256))
 
 
-def test_no_sample_is_refused() -> None:
-    empty = Samples((torch.zeros(0, 1, 8, 8),), torch.zeros(0, dtype=torch.long))
-    with pytest.raises(InputError, match="the calibration split must have samples, got 0"):
-        calibration_samples(empty, 512)
+@pytest.mark.parametrize("count", [0, 7])
+def test_too_few_samples_are_refused(count: int) -> None:
+    split = Samples((torch.zeros(count, 1, 8, 8),), torch.zeros(count, dtype=torch.long))
+    with pytest.raises(InputError, match=f"the calibration split must have at least 8 samples, got {count}"):
+        calibration_samples(split, 512)
 
 
 def test_few_samples_are_enough_and_said_to_be_few(digits_task: Task, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = PlainNetwork()
-    few = said_by(Int8Ptq(calibration_samples=3), network, digits_task, tmp_path)
-    assert few[0] == "calibrated on 3 samples, fewer than 64: ranges may be too small"
+    few = said_by(Int8Ptq(calibration_samples=8), network, digits_task, tmp_path)
+    assert few[0] == "calibrated on 8 samples, fewer than 64: ranges may be too small"
     enough = said_by(Int8Ptq(calibration_samples=FEW_SAMPLES), network, digits_task, tmp_path)
     assert enough[0] == "calibrated on 64 samples"

@@ -130,8 +130,8 @@ def test_last_third_of_the_epochs_is_frozen(quantized):
 
 
 def test_calibration_is_told_as_by_ptq(quantized):
-    said = quantized(PlainNetwork, qat(epochs=1, calibration_samples=4)).said
-    assert said[0] == "calibrated on 4 samples, fewer than 64: ranges may be too small"
+    said = quantized(PlainNetwork, qat(epochs=1, calibration_samples=8)).said
+    assert said[0] == "calibrated on 8 samples, fewer than 64: ranges may be too small"
 
 
 def test_frozen_epochs_leave_ranges_as_they_were_calibrated_and_live_ones_do_not(quantized):
@@ -182,7 +182,7 @@ def test_rehearsal_refuses_what_would_fail_later(trained, digits_task):
     with pytest.raises(InputError, match=r"unlabeled_share is 0\.5"):
         qat(unlabeled_share=0.5).rehearse(model, model, digits_task)
     empty = Samples((torch.zeros(0, 1, 8, 8),), torch.zeros(0, dtype=torch.long))
-    with pytest.raises(InputError, match="calibration split must have samples, got 0"):
+    with pytest.raises(InputError, match="calibration split must have at least 8 samples, got 0"):
         qat().rehearse(model, model, replace(digits_task, calibration=empty))
 
 

@@ -10,7 +10,7 @@ from compressor.artifact import OnnxModel, TorchModel
 from compressor.parity import spread
 from compressor.processes import processes, told
 from compressor.quantization.analysis import analyse
-from compressor.quantization.calibration import calibration_samples
+from compressor.quantization.calibration import LEAST_SAMPLES, calibration_samples
 from compressor.quantization.deployment import deploy
 from compressor.quantization.equalization import equalized
 from compressor.quantization.fallback import Candidate, Limits, Quantize, is_within, put_back
@@ -37,7 +37,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
     target: TargetName = "portable"
     """Where the model will run. `portable` has 7-bit weights, whose sums fit on every CPU; the others have 8-bit
     weights, whose sums overflow on x86 CPUs without VNNI."""
-    calibration_samples: int = Field(default=512, gt=0)
+    calibration_samples: int = Field(default=512, ge=LEAST_SAMPLES)
     """Samples of the calibration split that set the ranges of activations; all of them if there are fewer."""
     ranges: RangeMethod = "percentile"
     """How far the codes of an activation reach; what lies beyond is clipped. `percentile` clips a hundred-thousandth at

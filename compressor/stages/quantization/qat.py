@@ -14,7 +14,7 @@ from compressor.knowledge.panel import Combine
 from compressor.knowledge.setup import check_fit
 from compressor.parity import spread
 from compressor.processes import processes, told
-from compressor.quantization.calibration import calibrate, calibration_samples
+from compressor.quantization.calibration import LEAST_SAMPLES, calibrate, calibration_samples
 from compressor.quantization.codes import Range
 from compressor.quantization.conversion import affine_of, rounded_weights
 from compressor.quantization.deployment import deploy
@@ -42,7 +42,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
     version = 3
     target: TargetName = "portable"
     """As in `int8_ptq`."""
-    calibration_samples: int = Field(default=512, gt=0)
+    calibration_samples: int = Field(default=512, ge=LEAST_SAMPLES)
     """Samples of the calibration split that set the ranges of activations from which training starts."""
     ranges: RangeMethod = "percentile"
     """As in `int8_ptq`; from there on ranges follow the smallest and largest values of batches, until the freeze."""
