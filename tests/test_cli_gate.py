@@ -107,7 +107,7 @@ def test_what_is_at_level_warn_is_told_and_exits_0(larger, tmp_path):
         ),
         (
             lambda document: document["latency_session"]["noise"].update(ratio_low=0.0),
-            "noise.ratio_low: Input should be greater than 0",
+            "noise.ratio_low: Input should be greater than or equal to",
         ),
     ],
 )

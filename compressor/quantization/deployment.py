@@ -64,7 +64,8 @@ def compare(
     once, so that they differ from PyTorch's sums only where these fall on the edge between two codes. There a tensor
     moves by one code; on its way to the output that grows, but stays below a quantum in the mean (0.3 for ResNet-20),
     while a wrong operator or scale, or an overflow, makes many. Where two logits lie within the tolerance of each
-    other, no class is the right one, and another name is no departure. Raises StageError if outputs are not finite.
+    other, no class is the right one, and another name is no departure. Raises StageError if outputs or
+    the metric are not finite.
     """
     metric = task.metrics[0]
     sums: list[Tensor] = []
@@ -88,6 +89,10 @@ def compare(
             apart += int((gap > 2 * tolerance).sum())  # either of the two logits may be off
     signal, noise, squares = powers.tolist()
     values = [metric.value(total) for total in torch.stack(sums).sum(dim=0)]
+    if not all(map(math.isfinite, values)):
+        shown = ", ".join(f"{value:g}" for value in values)
+        msg = f"{metric.name!r} must be finite on {len(rows)} validation samples, got {shown}; look at their targets"
+        raise StageError(msg)
     return Deployment(
         samples=len(rows),
         metric=metric_info(metric),

@@ -184,8 +184,6 @@ def _values(metric: str, report: Report, earlier: Report) -> _Pair:
     if was != now:
         return "its unit or direction is not that of the earlier report"
     before, after = (found.rows[-1].measurement.metrics[metric] for found in (earlier, report))
-    if not math.isfinite(before) or not math.isfinite(after):
-        return f"it was {before:g} and is {after:g}"
     return _differing_samples(report, earlier) or (before, after)
 
 

@@ -1,6 +1,5 @@
 """Limits on what a run delivers, and whether a report keeps them."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -125,7 +124,5 @@ def _judge_accuracy_drop(limit: Limit, report: Report) -> Verdict:
         return limit.undecidable("no metric was measured")
     first = report.metrics[0]
     before, after = (row.measurement.metrics[first.name] for row in (report.rows[0], report.rows[-1]))
-    if not math.isfinite(before) or not math.isfinite(after):
-        return limit.undecidable(f"no finite {first.name} was measured")
     drop = before - after if first.higher_is_better else after - before
     return limit.judge(drop, f"{first.name} {before:.4g} to {after:.4g}")

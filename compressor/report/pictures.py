@@ -77,11 +77,7 @@ def tradeoff_picture(report: Report) -> Picture | None:
     if not report.metrics:
         return None
     metric = report.metrics[0]
-    found = [
-        (name, latency, row.measurement.metrics[metric.name])
-        for name, row, latency in _timed(report)
-        if math.isfinite(row.measurement.metrics[metric.name])
-    ]
+    found = [(name, latency, row.measurement.metrics[metric.name]) for name, row, latency in _timed(report)]
     if len(found) < 2:
         return None
     sign = 1 if metric.higher_is_better else -1
@@ -125,7 +121,6 @@ def loss_pictures(report: Report) -> tuple[Picture, ...]:
         _loss_picture(f"{name}: {loss}", [epoch.get(loss, math.nan) for epoch in row.losses])
         for name, row in zip(row_names(report), report.rows, strict=True)
         for loss in dict.fromkeys(loss for epoch in row.losses for loss in epoch)
-        if any(math.isfinite(epoch.get(loss, math.nan)) for epoch in row.losses)
     )
 
 
@@ -209,11 +204,7 @@ def range_pictures(found: Quantization) -> tuple[Picture, ...]:
 
 
 def _timed(report: Report) -> list[tuple[str, Row, Latency]]:
-    return [
-        (name, row, row.latency)
-        for name, row in zip(row_names(report), report.rows, strict=True)
-        if row.latency and row.latency.ratio_low > 0
-    ]
+    return [(name, row, row.latency) for name, row in zip(row_names(report), report.rows, strict=True) if row.latency]
 
 
 def _loss_picture(title: str, losses: Sequence[float]) -> Picture:

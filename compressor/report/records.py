@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # JSON has no such numbers
 
 Level: TypeAlias = Literal["off", "warn", "error"]
 """What comes of a limit that is not met or cannot be decided."""
+
+_Ratio: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""Of two times; no two that were measured lie further apart, and its inverse is a number too."""
 
 
 class Measurement(BaseModel):
@@ -97,15 +100,15 @@ class Fidelity(BaseModel):
 class Latency(BaseModel):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
 
-    model_config = ConfigDict(**_FROZEN, allow_inf_nan=False)
+    model_config = _FROZEN
 
     p50_ms: PositiveFloat
     """Median over all timed calls. Differs between machines and hours; compare `ratio` instead."""
-    ratio: PositiveFloat
+    ratio: _Ratio
     """Baseline time / this model's time: 2.0 means twice as fast. Median of log-ratios, mean over rounds."""
-    ratio_low: PositiveFloat
+    ratio_low: _Ratio
     """Lower end of the 95 % confidence interval of `ratio`, Student-t over rounds."""
-    ratio_high: PositiveFloat
+    ratio_high: _Ratio
 
 
 class LatencySession(BaseModel):
@@ -293,7 +296,7 @@ class Preparation(BaseModel):
 class GroupCurve(BaseModel):
     """The value of a metric as one group of coupled layers loses channels, and no other does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = _FROZEN
 
     channels: PositiveInt
     """Of the uncut group."""
@@ -307,7 +310,7 @@ class Sensitivity(BaseModel):
     The channels with the smallest scores leave; nothing is trained again.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = _FROZEN
 
     schema_version: Literal[1] = 1
     model: str

@@ -119,7 +119,7 @@ def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySes
     was, now = before.measurement, after.measurement
     if now.parameters != was.parameters or now.nonzero >= was.nonzero or now.size_bytes < 0.99 * was.size_bytes:
         return
-    share = 1 - now.nonzero / now.parameters
+    share = _zero_share(after)
     if share < _MANY_ZEROS:
         return
     yield (
@@ -130,9 +130,14 @@ def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySes
     )
 
 
+def _zero_share(row: Row) -> float:
+    parameters = row.measurement.parameters
+    return (parameters - row.measurement.nonzero) / parameters if parameters else 0.0
+
+
 def _lost_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
     """A later stage keeps zeros, unless it starts from other weights, as a student of its own does."""
-    was, now = (1 - row.measurement.nonzero / row.measurement.parameters for row in (before, after))
+    was, now = (_zero_share(row) for row in (before, after))
     if was >= _MANY_ZEROS and now < was / 2:
         shares = f"{100 * now:.0f} % of its parameters are zero, after {100 * was:.0f} % of those of {old}"
         yield f"{new} is dense: {shares}."

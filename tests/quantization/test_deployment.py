@@ -148,3 +148,12 @@ def test_regression_is_compared_without_classes(digits_task: Task, tmp_path: Pat
     _, found = deploy(int8_of(model.module, task), model.predict, task, tmp_path / "model.onnx", spread(split, 50))
     assert (found.agreement, found.departures, found.samples) == (None, None, 50)
     assert found.drop == found.deployed_value - found.float_value
+
+
+def test_a_metric_of_samples_without_labels_is_no_number_to_report(
+    plain: TorchModel, digits_task: Task, tmp_path: Path
+) -> None:
+    inputs = digits_task.validation.inputs
+    task = replace(digits_task, validation=Samples(inputs, torch.full((180,), -100)))
+    with pytest.raises(StageError, match="'accuracy' must be finite on 180 validation samples, got nan, nan, nan"):
+        deploy(int8_of(plain.module, digits_task), plain.predict, task, tmp_path / "model.onnx", range(180))

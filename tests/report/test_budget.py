@@ -199,10 +199,6 @@ def test_a_metric_on_another_test_split_is_undecidable():
     assert "the test split had 10,000 samples and has 360" in verdicts({}, other, found)["accuracy"].message
 
 
-def test_a_metric_that_is_no_number_is_undecidable():
-    assert verdicts({}, delivered(metrics={"accuracy": math.nan}), delivered())["accuracy"].status == "undecidable"
-
-
 def test_a_report_of_another_pipeline_is_nothing_to_compare_with():
     (verdict,) = compare(Budget(), delivered(), delivered().model_copy(update={"pipeline": "mnist"}))
     assert exit_code([verdict]) == 4

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from example_report import chain, classifiers, prepared, report, row
@@ -60,6 +61,15 @@ def test_a_value_of_the_wrong_type_is_refused_and_named(tmp_path):
     document["rows"][1]["measurement"]["size_bytes"] = "58000"
     path = written(tmp_path / "report.json", rows=document["rows"])
     with pytest.raises(InputError, match=r"rows\.1\.measurement\.size_bytes: Input should be a valid integer"):
+        read_report(path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, None])
+def test_a_number_that_is_not_finite_is_refused_and_named(tmp_path, number):
+    document = json.loads(to_json(chain()))
+    document["rows"][1]["measurement"]["metrics"]["accuracy"] = number
+    path = written(tmp_path / "report.json", rows=document["rows"])
+    with pytest.raises(InputError, match=r"rows\.1\.measurement\.metrics\.accuracy: Input should be a "):
         read_report(path)
 
 

@@ -25,3 +25,7 @@ def test_a_student_that_leaves_the_zeros_behind_is_called_dense():
 )
 def test_nothing_is_said_where_zeros_stay_or_were_few(before, after):
     assert said(before, after) == []
+
+
+def test_nothing_is_said_of_a_model_without_parameters():
+    assert said(24_900, 0, parameters=0) == []
