@@ -23,16 +23,23 @@ def size(size_bytes: int) -> str:
 
 def times(ratio: float, more: str, less: str) -> str:
     """A ratio in words, such as `4.82x faster` for 4.82 and `1.30x slower` for 0.769."""
-    return f"{_factor(ratio)}x {more}" if ratio >= 1 else f"{_factor(1 / ratio)}x {less}"
+    return f"{factor(ratio)}x {more}" if ratio >= 1 else f"{factor(1 / ratio)}x {less}"
+
+
+def compared_size(baseline_bytes: int, size_bytes: int) -> str:
+    """How a size compares with that of the baseline, such as `107x smaller`."""
+    if baseline_bytes == size_bytes:
+        return "no difference"
+    return times(baseline_bytes / size_bytes, "smaller", "larger")
 
 
 def speed(latency: Latency) -> str:
     """How a model compares with the baseline, such as `4.82x faster [4.78, 4.87]`."""
     low, high = latency.ratio_low, latency.ratio_high
     if low <= 1 <= high:
-        return f"no difference [{_factor(low)}, {_factor(high)}]"
+        return f"no difference [{factor(low)}, {factor(high)}]"
     low, high = (low, high) if low > 1 else (1 / high, 1 / low)
-    return f"{times(latency.ratio, 'faster', 'slower')} [{_factor(low)}, {_factor(high)}]"
+    return f"{times(latency.ratio, 'faster', 'slower')} [{factor(low)}, {factor(high)}]"
 
 
 def milliseconds(latency_ms: float) -> str:
@@ -77,8 +84,8 @@ def _fact(found: Any) -> str:
     return "unknown" if found is None else str(found)
 
 
-def _factor(ratio: float) -> str:
-    """Three digits, and a fourth near 1, where it makes the difference."""
+def factor(ratio: float) -> str:
+    """A ratio to three digits, and a fourth near 1, where it makes the difference."""
     return f"{ratio:.3f}" if 0.9 < ratio < 1.1 else _three_digits(ratio)
 
 

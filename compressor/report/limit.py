@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
+from compressor.report.figures import factor
 from compressor.report.records import Latency, Level, Verdict
 
 _BIAS_TOLERANCE = 0.02
@@ -37,12 +38,11 @@ class Limit:
 
     def judge(self, found: float, context: str = "") -> Verdict:
         """Whether `found`, which is known exactly, keeps the limit; `context` stands behind it in the message."""
-        digits = 4 if self.miss == "unit" else 3  # a tenth of a point of accuracy counts
         beyond = found - self.bound if self.sign == "<=" else self.bound - found
         # 0.99 - 0.98 is a little more than 0.01 in binary, and a limit kept exactly is kept
         if beyond <= 0 or math.isclose(beyond, 0, abs_tol=1e-12):
-            return self._verdict("met", f"{self.metric} is {_figure(found, digits=digits)}{_aside(context)}")
-        return self._unmet(found, f"{_figure(found, self._written, digits=digits)}{_aside(context)}")
+            return self._verdict("met", f"{self.metric} is {self._shown(found)}{_aside(context)}")
+        return self._unmet(found, f"{self._shown(found, self._written)}{_aside(context)}")
 
     def judge_timing(self, found: Interval, noise: Sequence[Latency], before: Interval | None = None) -> Verdict:
         """Whether `found` keeps the limit, decided by its whole interval; bound and `found` are > 0.
@@ -77,6 +77,11 @@ class Limit:
     @property
     def _wanted(self) -> str:
         return f"{self.sign} {self._written}"
+
+    def _shown(self, found: float, apart_from: str = "") -> str:
+        if self.miss == "percent":
+            return _ratio(found, apart_from)
+        return _figure(found, apart_from, digits=4)  # a tenth of a point of accuracy counts
 
     def _unmet(self, found: float, shown: str) -> Verdict:
         beyond = abs(found - self.bound)
@@ -120,7 +125,7 @@ def _self_comparison(noise: Sequence[Latency]) -> str:
 
 
 def _interval(found: Interval, apart_from: str = "") -> str:
-    value, low, high = (_figure(one, apart_from) for one in (found.value, found.low, found.high))
+    value, low, high = (_ratio(one, apart_from) for one in (found.value, found.low, found.high))
     return value if found.low == found.high else f"{value} [{low}, {high}]"
 
 
@@ -131,6 +136,12 @@ def _aside(text: str) -> str:
 def _exactly(bound: float) -> str:
     """A bound as it was written; one that was computed, to six digits."""
     return str(bound) if isinstance(bound, int) else f"{bound:.6g}"
+
+
+def _ratio(value: float, apart_from: str) -> str:
+    """As tables show it, or with as many more digits as it takes to differ from another text."""
+    text = factor(value)
+    return _figure(value, apart_from) if apart_from and float(text) == float(apart_from) else text
 
 
 def _figure(value: float, apart_from: str = "", *, digits: int = 3) -> str:

@@ -92,7 +92,9 @@ def test_a_speed_is_decided_by_the_whole_intervals_of_both_reports(now, half_wid
 
 def test_a_speed_that_fell_too_far_says_from_where_and_by_how_much():
     verdict = one("latency_ratio", {}, delivered(timed=latency(1.5)), delivered(timed=latency(2.0)))
-    assert verdict.message == "latency_ratio must be >= 1.8, got 1.5 [1.49, 1.52] (2 [1.98, 2.02] before): 17 % short"
+    assert (
+        verdict.message == "latency_ratio must be >= 1.8, got 1.50 [1.49, 1.52] (2.00 [1.98, 2.02] before): 17 % short"
+    )
 
 
 @pytest.mark.parametrize("noisy", ["now", "before"])
@@ -127,7 +129,7 @@ def test_milliseconds_of_one_machine_are_compared():
     before, slower = on(MACHINE, delivered()), on(MACHINE, delivered(timed=latency(1.5)))
     assert one("latency_ms", {}, before, before).status == "met"
     assert one("latency_ms", {}, slower, before).message == (
-        "latency_ms must be <= 0.055, got 0.0667 (0.05 before): 21 % too much"
+        "latency_ms must be <= 0.055, got 0.0667 (0.0500 before): 21 % too much"
     )
     assert one("latency_ms", {"max_increase": 0.33}, slower, before).status == "undecidable"
 

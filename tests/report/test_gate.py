@@ -4,6 +4,7 @@ import pytest
 from example_report import LOSS, classifiers, fidelity, latency, report, row
 from pydantic import ValidationError
 
+from compressor.report.figures import speed
 from compressor.report.gate import Gate, exit_code, judge
 from compressor.report.records import Verdict
 
@@ -15,7 +16,7 @@ def one(gate: dict, *rows, **changes) -> Verdict:
 
 def test_a_ratio_of_sizes_that_equals_its_limit_is_met():
     verdict = one({"size_ratio": {"min": 4}}, row("a", size_bytes=4000), row("b", size_bytes=1000))
-    assert (verdict.status, verdict.message) == ("met", "size_ratio is 4")
+    assert (verdict.status, verdict.message) == ("met", "size_ratio is 4.00")
 
 
 def test_a_ratio_of_sizes_that_falls_short_says_by_how_much():
@@ -100,7 +101,7 @@ def test_a_ratio_of_latencies_is_decided_by_its_whole_interval(found, half_width
 
 def test_a_ratio_of_latencies_that_falls_short_says_by_how_much():
     verdict = one({"latency_ratio": {"min": 4}}, row("a"), row("b", timed=latency(3.0, 0.01)))
-    assert verdict.message == "latency_ratio must be >= 4, got 3 [2.97, 3.03]: 25 % short"
+    assert verdict.message == "latency_ratio must be >= 4, got 3.00 [2.97, 3.03]: 25 % short"
 
 
 @pytest.mark.parametrize("found", [4.1, 3.9])
@@ -110,7 +111,7 @@ def test_a_distance_to_the_limit_that_is_smaller_than_the_noise_is_undecidable(f
     assert one({"latency_ratio": {"min": 4}}, *rows, noise=quiet).status in {"met", "unmet"}
     verdict = one({"latency_ratio": {"min": 4}}, *rows, noise=noisy)
     assert verdict.status == "undecidable"
-    assert "the baseline against itself gave 1 [0.971, 1.03]: the limit is within the noise" in verdict.message
+    assert "the baseline against itself gave 1.000 [0.971, 1.030]: the limit is within the noise" in verdict.message
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1 / 1.05])
@@ -124,6 +125,12 @@ def test_a_baseline_that_surely_differs_from_itself_decides_nothing(ratio):
 def test_noise_that_is_wide_but_holds_1_does_not_hide_a_great_difference():
     rows = row("a"), row("b", timed=latency(20.0))
     assert one({"latency_ratio": {"min": 4}}, *rows, noise=latency(1.0, 0.2)).status == "met"
+
+
+def test_ratios_are_written_as_in_tables():
+    found = latency(1.0345, 0.004)
+    message = one({"latency_ratio": {"min": 0.5}}, row("a"), row("b", timed=found)).message
+    assert message.removeprefix("latency_ratio is ") in speed(found).replace("x faster", "")
 
 
 def test_what_was_not_measured_is_undecidable():
