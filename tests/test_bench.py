@@ -177,6 +177,7 @@ def test_command_prints_tables_or_markdown(small):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[0].split()[:2] == ["file", "size"]
     assert "small.onnx (2)" in finished.stdout
+    assert "x smaller" not in finished.stdout
     assert compress_bench(small, "--markdown").stdout.startswith("# Benchmark\n\n| file | size |")
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compressor.report.figures import facts, milliseconds, printable, size, speed, times
+from compressor.report.figures import compared_size, facts, milliseconds, printable, size, speed
 from compressor.report.layout import aligned, markdown_bullets, markdown_table
 from compressor.report.records import Latency, LatencySession
 from compressor.report.remarks import conditions
@@ -92,7 +92,7 @@ def file_cells(found: Benchmark) -> list[list[str]]:
             [
                 printable(one.name),
                 size(one.size_bytes),
-                "" if one is baseline else times(baseline.size_bytes / one.size_bytes, "smaller", "larger"),
+                "" if one is baseline else compared_size(baseline.size_bytes, one.size_bytes),
                 size(one.transfer_bytes),
                 *("unknown" if number is None else f"{number:,}" for number in (one.parameters, one.macs)),
             ]

@@ -1,6 +1,6 @@
 """A report as Markdown, for repositories and reviews."""
 
-from compressor.report.figures import facts
+from compressor.report.figures import count, facts
 from compressor.report.gate import sentence
 from compressor.report.int8 import described, layer_cells, outcome, shown_layers
 from compressor.report.layout import escape, markdown_bullets, markdown_table
@@ -56,7 +56,7 @@ def _training(report: Report) -> str:
     parts = [markdown_bullets([readiness(preparation) for preparation in report.preparations])]
     for row in report.rows:
         if row.losses:
-            epochs = "1 epoch" if len(row.losses) == 1 else f"{len(row.losses)} epochs"
+            epochs = count(len(row.losses), "epoch")
             parts += [escape(f"{row.stage}, {epochs}; losses are means over an epoch, before their weights:")]
             parts += [markdown_table(_loss_cells(row))]
     return "\n\n".join(filter(None, parts))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from compressor.report import charts
 from compressor.report.drawings import Bar, Bars, Columns, Mark, Pair, Pairs, Picture, Plot, Tick
-from compressor.report.figures import change, milliseconds, share, size, speed, times, value
+from compressor.report.figures import change, compared_size, count, milliseconds, share, size, speed, value
 from compressor.report.int8 import MOST_LAYERS, decibels, layer_cells, shown_layers, worst_first
 from compressor.report.quality import class_name
 from compressor.report.records import Histogram, Latency, MetricInfo, Quantization, Report, Row
@@ -32,22 +32,17 @@ def left_out(number: int, things: str) -> str:
 def size_picture(report: Report) -> Picture:
     """Size of each row's file, as a bar from zero."""
     names, sizes = row_names(report), [row.measurement.size_bytes for row in report.rows]
-    texts = [size(sizes[0]), *(f"{size(found)}, {times(sizes[0] / found, 'smaller', 'larger')}" for found in sizes[1:])]
+    compared = ["the baseline", *(compared_size(sizes[0], found) for found in sizes[1:])]
     table = [
-        ["stage", "size", "transfer (gzip)", "beside the baseline"],
+        ["stage", "size", "size vs baseline", "transfer (gzip)"],
         *(
-            [
-                name,
-                size(row.measurement.size_bytes),
-                size(row.measurement.transfer_bytes),
-                times(sizes[0] / row.measurement.size_bytes, "smaller", "larger"),
-            ]
-            for name, row in zip(names, report.rows, strict=True)
+            [name, size(row.measurement.size_bytes), text, size(row.measurement.transfer_bytes)]
+            for name, row, text in zip(names, report.rows, compared, strict=True)
         ),
     ]
     bars = tuple(
-        Bar(name, text, charts.Scale(0, max(sizes)).at(found))
-        for name, text, found in zip(names, texts, sizes, strict=True)
+        Bar(name, f"{size(found)}, {text}", charts.Scale(0, max(sizes)).at(found))
+        for name, text, found in zip(names, compared, sizes, strict=True)
     )
     return Picture("Size", "The file of each stage, with its external data.", Bars(bars), table)
 
@@ -58,7 +53,7 @@ def latency_picture(report: Report) -> Picture | None:
     if not timed:
         return None
     longest = charts.Scale(0, max(1 / latency.ratio_low for _, _, latency in timed))
-    bars, table = [], [["stage", "median", "beside the baseline (95 % interval)"]]
+    bars, table = [], [["stage", "latency (p50)", "latency vs baseline (95 % interval)"]]
     for name, row, latency in timed:
         compared = "the baseline" if row is report.rows[0] else speed(latency)
         taken = milliseconds(latency.p50_ms)
@@ -106,7 +101,7 @@ def tradeoff_picture(report: Report) -> Picture | None:
         "in one; the line is what they reach. Lines through points are 95 % intervals."
     )
     table = [
-        ["number", "stage", "speed beside the baseline", metric.name, "on the Pareto front"],
+        ["number", "stage", "latency vs baseline (95 % interval)", metric.name, "on the Pareto front"],
         *(
             [str(index + 1), name, speed(latency), value(metric, reached), "yes" if index in best else "no"]
             for index, (name, latency, reached) in enumerate(found)
@@ -231,7 +226,7 @@ def _loss_picture(title: str, losses: Sequence[float]) -> Picture:
         tuple(charts.path(segment) for segment in segments if segment),
         (Mark(*end, *(end[0], end[0]), strong=True),),
     )
-    described = f"{begun:.4g} to {ended:.4g} in {len(losses)} epoch{'s' * (len(losses) > 1)}"
+    described = f"{begun:.4g} to {ended:.4g} in {count(len(losses), 'epoch')}"
     table = [["epoch", "loss"], *([str(epoch), f"{loss:.4g}"] for epoch, loss in listed)]
     return Picture(title, described, plot, table, more_rows=left_out(len(known) - len(listed), "epochs"))
 
@@ -266,13 +261,13 @@ def _range_picture(layer: str, histogram: Histogram) -> Picture:
             [
                 f"{histogram.low + number * width:.3g}",
                 f"{histogram.low + (number + 1) * width:.3g}",
-                share(count / (total or 1) * (1 - histogram.below - histogram.above)),
+                share(found / (total or 1) * (1 - histogram.below - histogram.above)),
             ]
-            for number, count in enumerate(histogram.counts)
+            for number, found in enumerate(histogram.counts)
         ),
     ]
     described = f"Clipped: {share(histogram.below)} below {low}, {share(histogram.above)} above {high}."
-    columns = Columns(tuple(heights.at(math.sqrt(count)) for count in histogram.counts), low, high)
+    columns = Columns(tuple(heights.at(math.sqrt(found)) for found in histogram.counts), low, high)
     return Picture(layer, described, columns, table)
 
 

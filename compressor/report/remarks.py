@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
-from compressor.report.figures import change, count, milliseconds, printable, size, speed, times, value
+from compressor.report.figures import change, compared_size, count, milliseconds, printable, size, speed, times, value
 from compressor.report.records import Latency, LatencySession, MetricInfo, Preparation, Report, Row
 
 _MANY_ZEROS = 0.1
@@ -15,7 +15,7 @@ def headline(report: Report) -> str:
     """What came in and what came out, in one line."""
     first, last = report.rows[0], report.rows[-1]
     before, after = first.measurement.size_bytes, last.measurement.size_bytes
-    parts = [times(before / after, "smaller", "larger")]
+    parts = [compared_size(before, after).replace("no difference", "no smaller")]
     if last.latency:
         parts.append(speed(last.latency).partition(" [")[0].replace("no difference", "no faster"))
     for metric in report.metrics:

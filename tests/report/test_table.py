@@ -169,7 +169,7 @@ def test_the_headline_does_not_claim_a_speedup_that_the_interval_does_not_show()
 
 def test_the_headline_of_an_untimed_run_does_not_speak_of_speed():
     assert headline(report(row("a"), row("b", timed=None))) == (
-        "100 kB to 100 kB: 1.000x smaller, accuracy 99.00 % to 99.00 %"
+        "100 kB to 100 kB: no smaller, accuracy 99.00 % to 99.00 %"
     )
 
 
