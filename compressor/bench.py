@@ -16,7 +16,7 @@ from compressor.onnx_macs import count_macs
 from compressor.onnx_reading import external_files, input_names, load_graph
 from compressor.report.benchmark import Benchmark, Candidate, Timing
 from compressor.report.environment import environment
-from compressor.report.figures import printable
+from compressor.report.figures import count, printable
 
 logger = logging.getLogger("compressor")
 
@@ -108,6 +108,7 @@ def _candidate(name: str, file: Path, inputs: Mapping[str, Array]) -> Candidate:
 
 def _timing(files: Sequence[Path], inputs: Mapping[str, Array], threads: int, max_seconds: float) -> Timing:
     shapes = {name: described(array.dtype, array.shape) for name, array in inputs.items()}
-    logger.info("timing %d files side by side: %s, threads: %d", len(files), ", ".join(shapes.values()), threads)
+    settings = f"{', '.join(shapes.values())}, {count(threads, 'thread')}"
+    logger.info("timing %s side by side: %s", count(len(files), "file"), settings)
     latencies, session = time_models(files, inputs=inputs, threads=threads, max_seconds=max_seconds)
     return Timing(inputs=shapes, latencies=latencies, session=session)

@@ -134,7 +134,7 @@ def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
         make_directory(html.parent)
         write_atomically(html, to_html(found))
     if as_json:
-        click.echo(to_json(found))
+        click.echo(to_json(found), nl=False)
     else:
         _say(to_table(found))
     return 0
@@ -172,7 +172,7 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
         click.echo(json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1))
     else:
         _say("\n".join(map(printable, sentences)))
-    _publish(f"## {escape(f'Gate of {found.pipeline}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
+    _publish(f"# {escape(f'Gate of {found.pipeline}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
     if junit:
         _write_junit(junit, found.pipeline, verdicts)
     return code

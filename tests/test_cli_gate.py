@@ -158,7 +158,7 @@ def test_in_github_actions_verdicts_reach_the_summary_and_the_annotations(larger
         "::error title=size_bytes::unmet: size_bytes must be <= 9611, got 10423 (9423 before): "
         "812 bytes (8.4 %25) too many"
     )
-    assert summary.read_text().startswith("## Gate of digits\n\n- unmet: size_bytes must be &lt;= 9611, got 10423")
+    assert summary.read_text().startswith("# Gate of digits\n\n- unmet: size_bytes must be &lt;= 9611, got 10423")
 
 
 def test_in_github_actions_faults_of_a_file_are_shown_at_their_lines(tmp_path):
