@@ -24,10 +24,15 @@ _DTYPES = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
+"""All types of numbers that NumPy has too."""
 
 _NPZ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What NumPy and zipfile raise for a file at fault; RuntimeError for one that is encrypted or packed in another way."""
@@ -65,7 +70,7 @@ def signature(session: onnxruntime.InferenceSession, path: Path) -> tuple[Input,
     nodes = session.get_inputs()
     for node in nodes:
         if node.type not in _DTYPES:
-            msg = f"inputs of {path} must be tensors of numbers, got {node.type!r}"
+            msg = f"inputs of {path} must be tensors of numbers that NumPy has, got {node.type!r}"
             raise InputError(msg)
     return tuple(Input(node.name, np.dtype(_DTYPES[node.type]), tuple(node.shape)) for node in nodes)
 

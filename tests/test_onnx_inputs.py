@@ -57,10 +57,17 @@ def test_a_fixed_batch_size_must_be_the_one_asked_for(tmp_path):
     assert random_inputs(path, batch_size=8)["t0"].shape == (8, 1, 28, 28)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.uint32, np.uint64, np.float16, np.float64])
+def test_made_up_inputs_have_the_type_that_the_model_takes(tmp_path, dtype):
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    path = save(tmp_path / "m.onnx", [helper.make_node("Identity", ["x"], ["y"])], [], {"x": (kind, ("n", 4))}, kind)
+    assert random_inputs(path)["x"].dtype == dtype
+
+
 def test_what_is_no_tensor_of_numbers_cannot_be_made_up(tmp_path):
     node = helper.make_node("Identity", ["x"], ["y"])
     path = save(tmp_path / "m.onnx", [node], [], {"x": (TensorProto.STRING, (1,))}, TensorProto.STRING)
-    with pytest.raises(InputError, match=r"m\.onnx must be tensors of numbers, got 'tensor\(string\)'"):
+    with pytest.raises(InputError, match=r"m\.onnx must be tensors of numbers that NumPy has, got 'tensor\(string\)'"):
         random_inputs(path)
 
 
