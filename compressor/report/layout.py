@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from compressor.report.figures import printable
 
+_MARKUP = re.compile(r"[\\`*\[|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s)")
+"""What begins or ends markup: an underscore within a word does not, and some marks only at the beginning."""
+
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Rows of equal length, headings first, as lines with a rule; the first `left` columns start at the same place.
@@ -38,4 +41,4 @@ def markdown_bullets(texts: Sequence[str]) -> str:
 def escape(text: str) -> str:
     r"""`text` on one line, as Markdown that shows it: no markup, table cell or HTML may begin in it."""
     harmless = printable(text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*\[|~])", r"\\\1", harmless)
+    return _MARKUP.sub(r"\\\g<0>", harmless)
