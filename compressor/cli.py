@@ -128,11 +128,9 @@ def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
     """Print the report of a run DIRECTORY again."""
     found = read_report(directory / "report.json")
     if html:
-        from compressor.disk import make_directory, write_atomically
         from compressor.report.page import to_html
 
-        make_directory(html.parent)
-        write_atomically(html, to_html(found))
+        _write(html, to_html(found))
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
@@ -398,11 +396,17 @@ def _publish(markdown: str, verdicts: Sequence[Verdict] = ()) -> None:
 
 
 def _write_junit(file: Path, name: str, verdicts: Sequence[Verdict]) -> None:
-    from compressor.disk import make_directory, write_atomically
     from compressor.report.junit import to_junit
 
-    make_directory(file.parent)
-    write_atomically(file, to_junit(name, verdicts))
+    _write(file, to_junit(name, verdicts))
+
+
+def _write(file: Path, content: str | bytes) -> None:
+    from compressor.disk import make_directory, output_errors, write_atomically
+
+    with output_errors(file):
+        make_directory(file.parent)
+        write_atomically(file, content)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

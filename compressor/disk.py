@@ -72,6 +72,17 @@ def host_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None
 
 
 @contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the system has against writing to `path`, which the user chose, into a HostError."""
+    try:
+        with host_errors(path):
+            yield
+    except OSError as error:
+        msg = f"{path} must be a file that can be written: {error.strerror}; choose another"
+        raise HostError(msg) from error
+
+
+@contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn a failed allocation into a HostError. torch's own on the CPU is a RuntimeError that only its text tells."""
     try:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_verdicts_are_json_and_junit_xml_on_request(larger, tmp_path):
     assert [verdict["status"] for verdict in document["verdicts"]] == ["unmet", "met", "met", "met"]
     (suite,) = ElementTree.parse(tmp_path / "results/gate.xml").getroot()
     assert suite.attrib == {"name": "digits", "tests": "4", "failures": "1", "errors": "0", "skipped": "0"}
+
+
+def test_files_that_cannot_be_written_exit_7(tmp_path):
+    (tmp_path / "file").write_text("in the way of a directory")
+    summary, wanted = str(tmp_path / "none/summary.md"), tmp_path / "file/wanted"
+    shutil.copy(REPORT, tmp_path / "report.json")
+    for finished in (
+        gate(REPORT, "--junit", wanted),
+        compress("report", tmp_path, "--html", wanted),
+        compress("diff", REPORT, REPORT, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=summary),
+    ):
+        assert finished.returncode == 7
+        assert "must be a file that can be written: " in finished.stderr
+        assert "Traceback" not in finished.stderr
 
 
 def test_in_github_actions_verdicts_reach_the_summary_and_the_annotations(larger, tmp_path):

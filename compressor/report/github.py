@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from compressor.disk import host_errors
+from compressor.disk import output_errors
 from compressor.errors import Problem
 from compressor.report.records import Verdict
 
@@ -50,7 +50,7 @@ def verdict_annotations(verdicts: Sequence[Verdict]) -> list[str]:
 
 def append_summary(markdown: str, path: Path) -> None:
     """Add `markdown` to the summary of a step, or what of it there is room for. Raises HostError."""
-    with host_errors(path), path.open("a", encoding="utf-8") as stream:
+    with output_errors(path), path.open("a", encoding="utf-8") as stream:
         stream.write(fitted(markdown, SUMMARY_BYTES - stream.tell()))
 
 
