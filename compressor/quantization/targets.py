@@ -9,7 +9,7 @@ TargetName: TypeAlias = Literal["portable", "x86-vnni", "arm64"]
 
 @dataclass(frozen=True)
 class Target:
-    """Activations are uint8 with one scale per tensor, weights int8 with one per output channel, on every target."""
+    """Activations are uint8 with one scale per tensor, weights int8 with one or more, on every target."""
 
     weight_limit: int
     """Largest weight, as an integer."""

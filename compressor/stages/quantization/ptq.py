@@ -31,7 +31,7 @@ from compressor.task import Task
 
 @final
 class Int8Ptq(Stage[TorchModel, OnnxModel]):
-    """Quantize to int8 by calibration alone: uint8 activations per tensor, int8 weights per output channel."""
+    """Quantize to int8 by calibration alone: uint8 activations with one scale each, int8 weights with one or more."""
 
     version = 3
     target: TargetName = "portable"
