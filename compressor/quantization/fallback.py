@@ -59,8 +59,8 @@ def put_back(
 
     One layer more is put back at a time, in the order of the noise that each alone makes in the outputs. It computes in
     float; its weights stay int8 in the file, unless their rounding alone makes more than a quarter of the noise.
-    Each model is judged
-    in PyTorch on the samples `rows` of the validation split, and one that holds there, under ONNX Runtime.
+    Each model is judged in PyTorch on the samples `rows` of the validation split, and one that holds there, under ONNX
+    Runtime.
     """
     start = time.monotonic()
     steps: list[PutBack] = []
