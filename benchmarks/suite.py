@@ -2,24 +2,26 @@
 
 Runs the pipelines of digits and MNIST as they are, and that of CIFAR-10 whole and in parts: each technique alone, every
 pair, and both orders of distillation and pruning. All stages are kept under runs/headline, and the same command goes
-on from there. Then the CIFAR-10 models of the first seed are timed in one session beside the int8 that onnxruntime and
-NNCF (`pip install '.[peers]'`) make of the same teacher. Reports and figures go to benchmarks/results, tables to the
-README.
+on from there. When every model is made, pipelines are timed again with nothing else running, and the CIFAR-10 models of
+the first seed in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same
+teacher. Reports and figures go to benchmarks/results, tables to the README.
 """
 
 import argparse
-import functools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the examples' data, and the peers
@@ -56,32 +58,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     places = {
-        "mnist_dir": arguments.mnist_dir.resolve(),
-        "cifar10_dir": arguments.cifar10_dir.resolve(),
-        "weights_dir": arguments.weights_dir.resolve(),
+        name: os.path.relpath(getattr(arguments, name), ROOT) for name in ("mnist_dir", "cifar10_dir", "weights_dir")
+    }
+    whole: dict[str, list[Callable[[], Report]]] = {
+        "cifar10": [partial(cifar10_report, CHAINS[-1], seed, places) for seed in arguments.seeds],
+        **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in PUBLISHED},
+        "digits": [digits_report],
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each: stages then give equal models on any machine
-        digits = pool.submit(digits_report)
-        of_mnist = {
-            name: [pool.submit(mnist_report, name, seed, places["mnist_dir"]) for seed in arguments.seeds]
-            for name in PUBLISHED
-        }
-        of_cifar10 = [pool.submit(cifar10_reports, seed, places) for seed in arguments.seeds]
-        reports = {name: [run.result() for run in runs] for name, runs in of_mnist.items()}
-        chains = [run.result() for run in of_cifar10]
-        (RESULTS / "pipeline_digits.json").write_text(to_json(digits.result()))
+        of_cifar10 = [pool.submit(cifar10_parts, seed, places) for seed in arguments.seeds]
+        for run in [pool.submit(run) for name, runs in whole.items() if name != "cifar10" for run in runs]:
+            run.result()
+        parts = [run.result() for run in of_cifar10]
+    reports = {name: [run() for run in runs] for name, runs in whole.items()}  # from what is kept, and timed alone
+    chains = [{**found, CHAINS[-1]: last} for found, last in zip(parts, reports["cifar10"], strict=True)]
     session = timed_together(arguments.seeds[0], places)
     result = {
         "command": "python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR"
         + ("" if arguments.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, arguments.seeds))}"),
         "date": datetime.now(UTC).date().isoformat(),
         "seeds": arguments.seeds,
-        "mnist": {name: [of_run(report) for report in found] for name, found in reports.items()},
+        "mnist": {name: [of_run(report) for report in reports[name]] for name in PUBLISHED},
         "cifar10": [{chain: of_run(report) for chain, report in found.items()} for found in chains],
         "cifar10_session": session,
         "environment": environment(),
     }
-    for name, found in {**reports, "cifar10": [found[CHAINS[-1]] for found in chains]}.items():
+    for name, found in reports.items():
         (RESULTS / f"pipeline_{name}.json").write_text(to_json(found[0]))
     (RESULTS / "headline.json").write_text(json.dumps(result, indent=1) + "\n")
     before, _, rest = README.read_text().partition(BEGIN)
@@ -90,12 +92,13 @@ def main() -> None:
     print(tables(result))
 
 
-def compressed(file: Path, runs: Path, *settings: str) -> Report:
+def compressed(file: Path, runs: Path, overrides: Mapping[str, object]) -> Report:
     """Report of a pipeline file, whose stages are taken from `runs` where they are there."""
-    overrides = [part for setting in settings for part in ("--set", setting)]
     search = os.pathsep.join([str(ROOT), str(ROOT / "pipelines"), os.environ.get("PYTHONPATH", "")])
+    settings = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
     finished = subprocess.run(
-        [sys.executable, "-m", "compressor", "run", str(file), "--runs", str(runs), *overrides],
+        [sys.executable, "-m", "compressor", "run", str(file), "--runs", str(runs), *settings],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search},
         stdout=subprocess.PIPE,
         check=False,
@@ -108,46 +111,44 @@ def compressed(file: Path, runs: Path, *settings: str) -> Report:
 
 def digits_report() -> Report:
     """The demo."""
-    return compressed(ROOT / "pipelines" / "digits.yaml", RUNS)
+    return compressed(ROOT / "pipelines" / "digits.yaml", RUNS, {})
 
 
-def mnist_report(name: str, seed: int, data_dir: Path) -> Report:
+def mnist_report(name: str, seed: int, places: Mapping[str, str]) -> Report:
     """One of the pipelines of MNIST."""
-    file = ROOT / "pipelines" / f"{name}.yaml"
-    return compressed(file, RUNS / f"seed{seed}", f"seed={seed}", f"task.data_dir={data_dir}")
+    overrides = {"seed": seed, "task.data_dir": places["mnist_dir"]}
+    return compressed(ROOT / "pipelines" / f"{name}.yaml", RUNS / f"seed{seed}", overrides)
 
 
-def cifar10_reports(seed: int, places: Mapping[str, Path]) -> dict[str, Report]:
-    """The pipeline of CIFAR-10 and its parts, by techniques in their order; parts share the stages they begin with."""
-    found = {}
-    for chain in CHAINS:
-        runs = RUNS / f"seed{seed}"
-        file = runs / "chains" / chain / "cifar10.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(part(chain, seed, places)))  # JSON is YAML
-        found[chain] = compressed(file, runs)
-        shutil.copy(runs / "cifar10" / "report.json", file.with_name("report.json"))
-        shutil.copy(runs / "cifar10" / found[chain].rows[-1].model_file, file.with_name("model.onnx"))
-    return found
-
-
-def part(chain: str, seed: int, places: Mapping[str, Path]) -> dict[str, Any]:
-    """The settings of pipelines/cifar10.yaml with the stages of these techniques alone, in this order."""
-    from compressor.config import load  # noqa: PLC0415  # it imports torch
-
-    paths = {
-        "task.data_dir": str(places["cifar10_dir"]),
-        "model.weights_path": str(places["weights_dir"] / "resnet56_cifar10.safetensors"),
-        "stages.1.student.weights_path": str(places["weights_dir"] / "resnet20_cifar10.safetensors"),
+def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
+    """The pipeline of CIFAR-10, or a part of it, whose report and model are kept by the name of the part."""
+    file, runs = ROOT / "pipelines" / "cifar10.yaml", RUNS / f"seed{seed}"
+    settings = YAML(typ="safe").load(file)
+    by_name = {stage["stage"]: stage for stage in settings["stages"]}
+    names = [name for technique in chain for name in TECHNIQUES[technique]]
+    kept = runs / "chains" / chain
+    kept.mkdir(parents=True, exist_ok=True)
+    if chain != CHAINS[-1]:
+        file = kept / file.name
+        del settings["gate"]
+        file.write_text(json.dumps({**settings, "stages": [by_name[name] for name in names]}))  # JSON is YAML
+    weights = f"{places['weights_dir']}/{{}}_cifar10.safetensors"
+    overrides = {
+        "seed": seed,
+        "task.data_dir": places["cifar10_dir"],
+        "model.weights_path": weights.format("resnet56"),
     }
-    overrides = [f"seed={seed}", *(f"{path}={value}" for path, value in paths.items())]
-    whole = load(ROOT / "pipelines" / "cifar10.yaml", overrides).settings
-    for path, value in paths.items():  # settings have them relative to the pipeline's own directory
-        *parents, last = path.split(".")
-        functools.reduce(lambda at, step: at[int(step) if step.isdecimal() else step], parents, whole)[last] = value
-    by_name = {stage["stage"]: stage for stage in whole["stages"]}
-    stages = [by_name[name] for technique in chain for name in TECHNIQUES[technique]]
-    return {**{name: value for name, value in whole.items() if name != "gate"}, "stages": stages}
+    if "distillation" in names:
+        overrides[f"stages.{names.index('distillation')}.student.weights_path"] = weights.format("resnet20")
+    report = compressed(file, runs, overrides)
+    shutil.copy(runs / "cifar10" / "report.json", kept)
+    shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept / "model.onnx")
+    return report
+
+
+def cifar10_parts(seed: int, places: Mapping[str, str]) -> dict[str, Report]:
+    """The pipeline of CIFAR-10 and its parts, by techniques in their order; parts share the stages they begin with."""
+    return {chain: cifar10_report(chain, seed, places) for chain in reversed(CHAINS)}
 
 
 def of_run(report: Report) -> dict[str, Any]:
@@ -165,14 +166,14 @@ def of_run(report: Report) -> dict[str, Any]:
     }
 
 
-def timed_together(seed: int, places: Mapping[str, Path]) -> dict[str, Any]:
+def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
     """One latency session of all CIFAR-10 models of a seed and of what peers make of its baseline."""
     import cifar10  # noqa: PLC0415  # imports torch
 
     from compressor.measure import measure  # noqa: PLC0415
     from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
 
-    task, runs = cifar10.task(places["cifar10_dir"]), RUNS / f"seed{seed}"
+    task, runs = cifar10.task(ROOT / places["cifar10_dir"]), RUNS / f"seed{seed}"
     report = read_report(runs / "chains" / CHAINS[-1] / "report.json")
     baseline = runs / "cifar10" / report.rows[0].model_file
     files = {"ResNet-56, float32": baseline} | {chain: runs / "chains" / chain / "model.onnx" for chain in CHAINS}
