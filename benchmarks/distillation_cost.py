@@ -112,7 +112,7 @@ def epoch_ratios(task: Task, weights_file: Path) -> dict[str, Mapping[str, objec
     for name in ("soft_labels", "live_teacher"):
         ratios = [one[name] / one["plain"] for one in rounds if name in one]
         interval = ratio_interval([math.log(ratio) for ratio in ratios])
-        found[name] = {"ratio": interval.ratio, "interval_95": [interval.low, interval.high], "ratios": ratios}
+        found[name] = {"ratio": interval.value, "interval_95": [interval.low, interval.high], "ratios": ratios}
     return found
 
 

@@ -88,7 +88,7 @@ def main() -> None:
     interval = ratio_interval([math.log(ratio) for ratio in ratios])
     result = {
         "command": "python benchmarks/fit.py",
-        "fit_over_by_hand": interval.ratio,
+        "fit_over_by_hand": interval.value,
         "interval_95": [interval.low, interval.high],
         "ratios": ratios,
         "steps_per_round": EPOCHS * (len(task.train) // BATCH_SIZE),
@@ -96,7 +96,7 @@ def main() -> None:
         "environment": dict(environment()),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"fit / by hand: {interval.ratio:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
+    print(f"fit / by hand: {interval.value:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main() -> None:
     intervals = {name: ratio_interval([math.log(ratio) for ratio in values]) for name, values in ratios.items()}
     result = {
         "command": "python benchmarks/qat_cost.py",
-        "over_float": {name: interval.ratio for name, interval in intervals.items()},
+        "over_float": {name: interval.value for name, interval in intervals.items()},
         "interval_95": {name: [interval.low, interval.high] for name, interval in intervals.items()},
         "ratios": ratios,
         "steps_per_round": STEPS,
@@ -93,7 +93,7 @@ def main() -> None:
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     for name, interval in intervals.items():
-        print(f"{name} / float: {interval.ratio:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
+        print(f"{name} / float: {interval.value:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
 
 
 if __name__ == "__main__":

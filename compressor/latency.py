@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from compressor.errors import InputError
 from compressor.onnx_inputs import Array, arranged, described, random_inputs, signature
-from compressor.report.records import Latency, LatencySession
+from compressor.report.records import Interval, Latency, LatencySession
 from compressor.runtime import ERRORS, open_session
 
 _Times: TypeAlias = NDArray[np.int64]
@@ -35,19 +35,6 @@ _PASSES = 10
 _WARM_UP_CALLS, _WARM_UP_SECONDS = 20, 0.05
 _UNTIMED_CALLS, _LEAST_UNTIMED_SECONDS, _MOST_UNTIMED_SECONDS = 8, 0.001, 0.01
 _TIMED_CALLS, _TIMED_SECONDS = 4, 0.02
-
-
-class Interval(NamedTuple):
-    """A ratio and the ends of its 95 % confidence interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half of the interval on the logarithmic scale: about the relative error, 0.01 = 1 %."""
-        return math.log(self.high / self.low) / 2
 
 
 def ratio_interval(log_ratios: Sequence[float]) -> Interval:
@@ -189,7 +176,7 @@ def _intervals(rounds: Sequence[_Times]) -> list[Interval]:
 
 def _latency(rounds: Sequence[_Times], model: int, interval: Interval) -> Latency:
     p50_ns = float(np.median(np.concatenate([times[:, model].ravel() for times in rounds])))
-    return Latency(p50_ms=p50_ns / 1e6, ratio=interval.ratio, ratio_low=interval.low, ratio_high=interval.high)
+    return Latency(p50_ms=p50_ns / 1e6, ratio=interval.value, ratio_low=interval.low, ratio_high=interval.high)
 
 
 def _time_round(paths: Sequence[Path], inputs: _Inputs, threads: int, index: int, budget: float) -> _Times:

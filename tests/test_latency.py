@@ -12,7 +12,6 @@ from scipy import stats
 
 from compressor.errors import InputError
 from compressor.latency import (
-    Interval,
     log_ratios,
     ratio_interval,
     t_quantile,
@@ -20,6 +19,7 @@ from compressor.latency import (
     untimed_calls,
     visits,
 )
+from compressor.report.records import Interval
 from onnx_files import convolutions, save
 
 

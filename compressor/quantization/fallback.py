@@ -13,6 +13,7 @@ from compressor.quantization.analysis import sqnr_db
 from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
 from compressor.report.int8 import worst_first
+from compressor.report.limit import at_most
 from compressor.report.records import Deployment, Fallback, LayerNoise, PutBack
 from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather
 
@@ -71,20 +72,15 @@ def put_back(
         log(f"{step.layer} in float, its weights {step.weights}: {first.found.metric.name} falls by {step.drop:.4g}")
         if step.drop < best_drop:
             best, best_drop, best_steps = int8, step.drop, len(steps)
-        if is_within(step.drop, limits.max_drop):
+        if at_most(step.drop, limits.max_drop):
             candidate = _deployed(int8, model, task, work_dir / str(len(steps)), rows)
-            if is_within(candidate.found.drop, limits.max_drop):
+            if at_most(candidate.found.drop, limits.max_drop):
                 return candidate, _told(first, candidate, limits, task, stopped="reached", steps=steps, kept=len(steps))
         if limits.max_minutes is not None and time.monotonic() - start > 60 * limits.max_minutes:
             stopped = "time"
             break
     candidate = first if best_steps == 0 else _deployed(best, model, task, work_dir / "best", rows)
     return candidate, _told(first, candidate, limits, task, stopped=stopped, steps=steps, kept=best_steps)
-
-
-def is_within(drop: float, max_drop: float) -> bool:
-    """Whether a limit is kept: 0.99 - 0.98 is a little more than 0.01 in binary, and a limit kept exactly is kept."""
-    return drop <= max_drop + 1e-12
 
 
 def _attempts(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.report.limit import Interval, Limit, percent, undecidable
-from compressor.report.records import Latency, Level, Report, Verdict
+from compressor.report.limit import Limit, percent, undecidable
+from compressor.report.records import Interval, Latency, Level, Report, Verdict
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -125,7 +125,7 @@ def _slowdown(allowed: MaxSlowdown, found: _Timings | str) -> Verdict:
     if isinstance(found, str):
         wanted = f"at most {percent(allowed.max_decrease)} below the earlier"
         return undecidable("latency_ratio", wanted, found, level=allowed.level)
-    was, now = (Interval(one.ratio, one.ratio_low, one.ratio_high) for one in (found.was, found.now))
+    was, now = found.was.interval, found.now.interval
     limit = Limit("latency_ratio", ">=", was.value * (1 - allowed.max_decrease), "percent", allowed.level)
     return limit.judge_timing(now, found.noise, was)
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compressor.report.limit import Interval, Limit
+from compressor.report.limit import Limit
 from compressor.report.records import Report, Verdict
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -116,7 +116,7 @@ def _judge_latency_ratio(limit: Limit, report: Report) -> Verdict:
     latency, session = report.rows[-1].latency, report.latency_session
     if latency is None or session is None:
         return limit.undecidable("no latency was measured")
-    return limit.judge_timing(Interval(latency.ratio, latency.ratio_low, latency.ratio_high), [session.noise])
+    return limit.judge_timing(latency.interval, [session.noise])
 
 
 def _judge_accuracy_drop(limit: Limit, report: Report) -> Verdict:

@@ -6,22 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from compressor.report.figures import factor
-from compressor.report.records import Latency, Level, Verdict
+from compressor.report.records import Interval, Latency, Level, Verdict
 
 _BIAS_TOLERANCE = 0.02
 """How far the baseline timed against itself may surely lie from 1 before the session proves nothing."""
 
 _CALMER = "time longer, or on a machine with less other work"
-
-
-@final
-@dataclass(frozen=True)
-class Interval:
-    """A measured number > 0 and the ends of its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @final
@@ -38,9 +28,7 @@ class Limit:
 
     def judge(self, found: float, context: str = "") -> Verdict:
         """Whether `found`, which is known exactly, keeps the limit; `context` stands behind it in the message."""
-        beyond = found - self.bound if self.sign == "<=" else self.bound - found
-        # 0.99 - 0.98 is a little more than 0.01 in binary, and a limit kept exactly is kept
-        if beyond <= 0 or math.isclose(beyond, 0, abs_tol=1e-12):
+        if at_most(found, self.bound) if self.sign == "<=" else at_most(self.bound, found):
             return self._verdict("met", f"{self.metric} is {self._shown(found)}{_aside(context)}")
         return self._unmet(found, f"{self._shown(found, self._written)}{_aside(context)}")
 
@@ -96,6 +84,11 @@ class Limit:
         return Verdict(metric=self.metric, limit=self._wanted, status=status, message=message, level=self.level)
 
 
+def at_most(found: float, bound: float) -> bool:
+    """Whether `found` <= `bound`, or is above by a rounding: 0.99 - 0.98 is a little more than 0.01 in binary."""
+    return found <= bound or math.isclose(found, bound, rel_tol=0, abs_tol=1e-12)
+
+
 def undecidable(metric: str, wanted: str, reason: str, *, level: Level = "error") -> Verdict:
     """The verdict on a limit, in words `wanted`, that nothing can be compared with because of `reason`."""
     message = f"{metric} must be {wanted}, but {reason}"
@@ -120,7 +113,7 @@ def _bias(noise: Latency) -> float:
 
 
 def _self_comparison(noise: Sequence[Latency]) -> str:
-    found = [_interval(Interval(one.ratio, one.ratio_low, one.ratio_high)) for one in noise]
+    found = [_interval(one.interval) for one in noise]
     return f"the baseline against itself gave {' and, before, '.join(found)}"
 
 

@@ -1,8 +1,9 @@
 """The facts of a run, as frozen records that read and write JSON."""
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -97,6 +98,19 @@ class Fidelity(BaseModel):
     """Up to ten samples whose class lost probability, the largest fall first."""
 
 
+class Interval(NamedTuple):
+    """A measured number > 0 and the ends of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval on the logarithmic scale: about the relative error, 0.01 = 1 %."""
+        return math.log(self.high / self.low) / 2
+
+
 class Latency(BaseModel):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
 
@@ -109,6 +123,11 @@ class Latency(BaseModel):
     ratio_low: _Ratio
     """Lower end of the 95 % confidence interval of `ratio`, Student-t over rounds."""
     ratio_high: _Ratio
+
+    @property
+    def interval(self) -> Interval:
+        """`ratio` with its ends."""
+        return Interval(self.ratio, self.ratio_low, self.ratio_high)
 
 
 class LatencySession(BaseModel):

@@ -13,7 +13,7 @@ from compressor.quantization.analysis import analyse
 from compressor.quantization.calibration import LEAST_SAMPLES, calibration_samples
 from compressor.quantization.deployment import deploy
 from compressor.quantization.equalization import equalized
-from compressor.quantization.fallback import Candidate, Limits, Quantize, is_within, put_back
+from compressor.quantization.fallback import Candidate, Limits, Quantize, put_back
 from compressor.quantization.graph import float_graph, folded
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.plan import plan_int8
@@ -23,6 +23,7 @@ from compressor.quantization.selection import selected
 from compressor.quantization.speed import fastest, islands, listed
 from compressor.quantization.targets import TARGETS, TargetName
 from compressor.report.int8 import described, outcome
+from compressor.report.limit import at_most
 from compressor.report.records import Quantization
 from compressor.stage import Stage, StageContext
 from compressor.stages.quantization.planning import chosen, planned
@@ -132,7 +133,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
         rows = spread(task.validation, self.validation_samples)
         found = Candidate(int8, *deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows))
         context.log(described(found.found))
-        fell = self.max_drop is not None and not is_within(found.found.drop, self.max_drop)
+        fell = self.max_drop is not None and not at_most(found.found.drop, self.max_drop)
         layers, layer_samples = analyse(int8, task) if self.analysis or fell else ((), 0)
         fallback = None
         if self.max_drop is not None and fell:
