@@ -16,6 +16,8 @@ _DIGIT, _LINE, _RAISED = 8, 16, 8
 """Pixels: the width of a digit, the height of a label, and how far above its point it stands."""
 _PADDING = 0.06
 """What a scale is longer than its values at either end, as a share."""
+_EXTREME = 1e150
+"""Numbers larger than this, or closer to 0 than its inverse, are drawn as this: spans and ratios stay finite."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Scale:
 
 def spanning(values: Sequence[float], *, least: float = 0.0, logarithmic: bool = False) -> Scale:
     """Fit a scale to `values`, at least one, with some room at its ends; `least` is the least span of a linear one."""
-    low, high = min(values), max(values)
+    smallest = 1 / _EXTREME if logarithmic else -_EXTREME
+    low, high = (min(max(value, smallest), _EXTREME) for value in (min(values), max(values)))
     if logarithmic:
         room = max((high / low) ** _PADDING, 1.05)
         return Scale(low / room, high * room, logarithmic=True)

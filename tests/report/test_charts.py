@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,15 @@ def test_every_scale_has_its_values_and_one_to_five_ticks_within(values, logarit
         ticks = scale.ticks(most)
         assert 1 <= len(ticks) <= most
         assert all(scale.low <= tick <= scale.high for tick in ticks)
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_the_largest_and_the_smallest_floats_have_a_scale_too(logarithmic):
+    smallest = 5e-324 if logarithmic else -sys.float_info.max
+    for values in ([smallest, sys.float_info.max], [smallest], [sys.float_info.max]):
+        scale = spanning(values, logarithmic=logarithmic)
+        assert scale.at(values[0]) <= scale.at(values[-1])
+        assert 1 <= len(scale.ticks(5)) <= 5
 
 
 def test_least_span_keeps_the_noise_of_equal_values_small():
