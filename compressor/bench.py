@@ -11,12 +11,13 @@ from compressor.disk import memory_errors
 from compressor.errors import InputError
 from compressor.latency import ready_call, time_models
 from compressor.onnx_facts import count_parameters, gzip_bytes
-from compressor.onnx_inputs import Array, arranged, described, random_inputs, read_inputs
+from compressor.onnx_inputs import Array, arranged, described, random_inputs, read_inputs, signature
 from compressor.onnx_macs import count_macs
-from compressor.onnx_reading import external_files, input_names, load_graph
+from compressor.onnx_reading import external_files, load_graph
 from compressor.report.benchmark import Benchmark, Candidate, Timing
 from compressor.report.environment import environment
 from compressor.report.figures import count, printable
+from compressor.runtime import open_session
 
 logger = logging.getLogger("compressor")
 
@@ -91,9 +92,10 @@ def _candidate(name: str, file: Path, inputs: Mapping[str, Array]) -> Candidate:
     model = _checked(file)
     files = (file, *external_files(model, file.parent))
     parameters = macs = uncounted = None
+    wanted = signature(open_session(file, threads=1), file)
     try:
         parameters, _ = count_parameters(model, file.parent)
-        macs = count_macs(model, arranged(inputs, input_names(model)), file.parent)
+        macs = count_macs(model, arranged(inputs, wanted), file.parent)
     except ValueError as error:
         uncounted = " ".join(str(error).split())
     return Candidate(

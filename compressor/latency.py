@@ -137,13 +137,13 @@ def time_models(
 
 
 def ready_call(path: Path, inputs: _Inputs, *, threads: int) -> Callable[[], object]:
-    """Open a file and run it once on `inputs`; the call that is returned runs it again.
+    """Open a file and run it once on `inputs`, floats in its own type; the call that is returned runs it again.
 
     Raises InputError if it does not take `inputs` or does not run on them.
     """
     session = open_session(path, threads=threads)
     wanted = signature(session, path)
-    arrays = arranged(inputs, [one.name for one in wanted])
+    arrays = arranged(inputs, wanted)
     timed_on = ", ".join(described(array.dtype, array.shape) for array in arrays)
     if len(wanted) != len(arrays) or not all(one.takes(array) for one, array in zip(wanted, arrays, strict=True)):
         taken = ", ".join(map(str, wanted))

@@ -56,6 +56,13 @@ class Input:
             and all(not isinstance(size, int) or size == found for size, found in zip(sizes, array.shape, strict=True))
         )
 
+    def rounded(self, array: Array) -> Array:
+        """`array`, or its numbers in the type of the input if both are floats; what is too large is infinite."""
+        if not (np.issubdtype(array.dtype, np.floating) and np.issubdtype(self.dtype, np.floating)):
+            return array
+        with np.errstate(over="ignore"):
+            return array.astype(self.dtype, copy=False)
+
     def __str__(self) -> str:
         return described(self.dtype, self.sizes)
 
@@ -121,11 +128,19 @@ def read_inputs(file: Path, path: Path) -> dict[str, Array]:
     return {name: arrays[name] for name in inputs}
 
 
-def arranged(inputs: Mapping[str, Array] | Sequence[Array], names: Sequence[str]) -> list[Array]:
-    """`inputs` in the order of a file whose inputs have these `names`: by name if they are the same, else as given."""
+def arranged(inputs: Mapping[str, Array] | Sequence[Array], wanted: Sequence[Input]) -> list[Array]:
+    """`inputs` as a file takes them that wants these: by name if the names are the same, else as given; floats rounded.
+
+    Another number of inputs is returned as it is.
+    """
+    names = [one.name for one in wanted]
     if not isinstance(inputs, Mapping):
-        return list(inputs)
-    return [inputs[name] for name in names] if inputs.keys() == set(names) else list(inputs.values())
+        arrays = list(inputs)
+    else:
+        arrays = [inputs[name] for name in names] if inputs.keys() == set(names) else list(inputs.values())
+    if len(arrays) != len(wanted):
+        return arrays
+    return [one.rounded(array) for one, array in zip(wanted, arrays, strict=True)]
 
 
 def _check_names(sizes: Mapping[str, int], inputs: Sequence[Input], path: Path) -> None:

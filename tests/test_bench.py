@@ -71,6 +71,22 @@ def test_external_data_is_part_of_a_file(tmp_path):
     assert candidate.size_bytes == path.stat().st_size + 64 * 64 * 4
 
 
+def test_a_file_in_half_precision_is_compared_with_the_float_one_and_counted(tmp_path):
+    files = [
+        save(
+            tmp_path / f"{dtype.__name__}.onnx",
+            [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])],
+            [numpy_helper.from_array(np.ones((8, 4), dtype=dtype), "w")],
+            {"x": (helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), ("n", 8))},
+            helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
+        )
+        for dtype in (np.float32, np.float16)
+    ]
+    found = bench(files, max_seconds=0)
+    assert [candidate.macs for candidate in found.candidates] == [32, 32]
+    assert len(found.timings[0].latencies) == 2
+
+
 def test_what_cannot_be_counted_is_unknown_and_says_why(tmp_path):
     weight = numpy_helper.from_array(np.ones((4, 4), np.int8), "w")
     nodes = [

@@ -14,6 +14,7 @@ from compressor.errors import InputError
 from compressor.latency import (
     log_ratios,
     ratio_interval,
+    ready_call,
     t_quantile,
     time_models,
     untimed_calls,
@@ -132,7 +133,7 @@ def test_a_model_without_inputs_is_refused(tmp_path):
     [
         (TensorProto.FLOAT, ("batch", 3, 28, 28)),
         (TensorProto.FLOAT, ("batch", 784)),
-        (TensorProto.DOUBLE, ("batch", 1, 28, 28)),
+        (TensorProto.INT32, ("batch", 1, 28, 28)),
     ],
 )
 def test_models_that_take_other_inputs_are_refused(tmp_path, models, kind, shape):
@@ -141,6 +142,27 @@ def test_models_that_take_other_inputs_are_refused(tmp_path, models, kind, shape
     with pytest.raises(InputError, match=r"other\.onnx must take the inputs that the models are timed on, float32"):
         time_models([models["tiny"], other])
     assert gc.isenabled()
+
+
+def test_a_model_that_takes_other_floats_gets_the_same_numbers_in_its_type(tmp_path):
+    weights = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
+    paths = [
+        save(
+            tmp_path / f"{kind}.onnx",
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            [numpy_helper.from_array(np.ones((8, 4), dtype=dtype), "w")],
+            {"x": (kind, ("batch", 8))},
+            kind,
+        )
+        for kind, dtype in weights.items()
+    ]
+    beyond_float16 = np.full((1, 8), 70_000, dtype=np.float32)
+    outputs = [ready_call(path, [beyond_float16], threads=1)()[0] for path in paths]
+    assert [(output.dtype, output[0, 0]) for output in outputs] == [
+        (np.float32, 560_000),
+        (np.float16, np.inf),
+        (np.float64, 560_000),
+    ]
 
 
 def test_a_model_that_stops_on_its_inputs_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from compressor.errors import InputError
-from compressor.onnx_inputs import arranged, random_inputs, read_inputs
+from compressor.onnx_inputs import Input, arranged, random_inputs, read_inputs
 from onnx_files import convolutions, save
 
 
@@ -151,5 +151,8 @@ def test_damaged_npz_gives_arrays_or_an_input_error_and_nothing_else(text, tmp_p
 
 def test_inputs_go_by_name_where_a_file_has_the_same_names():
     named = {"a": ARRAYS["x"], "b": ARRAYS["tokens"]}
-    assert [array.dtype for array in arranged(named, ["b", "a"])] == [np.int64, np.float32]
-    assert [array.dtype for array in arranged(named, ["input", "mask"])] == [np.float32, np.int64]
+    x, tokens = (np.dtype(np.float32), ("n", 7)), (np.dtype(np.int64), ("n", 7))
+    assert [array.dtype for array in arranged(named, [Input("b", *tokens), Input("a", *x)])] == [np.int64, np.float32]
+    other = [Input("input", *x), Input("mask", *tokens)]
+    assert [array.dtype for array in arranged(named, other)] == [np.float32, np.int64]
+    assert list(map(id, arranged(named, other[:1]))) == [id(array) for array in named.values()]
