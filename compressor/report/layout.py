@@ -5,8 +5,12 @@ from collections.abc import Sequence
 
 from compressor.report.figures import printable
 
-_MARKUP = re.compile(r"[\\`*\[|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s)")
-"""What begins or ends markup: an underscore within a word does not, and some marks only at the beginning."""
+_MARKUP = re.compile(r"[\\`*\[|~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[#>]|^[-+](?=\s)")
+"""What begins or ends markup, also GitHub's formulas, mentions and links of bare addresses.
+
+An underscore within a word does not, and some marks only at the beginning.
+"""
+_NUMBERED = re.compile(r"^(\d+)(?=[.)]\s)")
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -41,4 +45,4 @@ def markdown_bullets(texts: Sequence[str]) -> str:
 def escape(text: str) -> str:
     r"""`text` on one line, as Markdown that shows it: no markup, table cell or HTML may begin in it."""
     harmless = printable(text).replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKUP.sub(r"\\\g<0>", harmless)
+    return _NUMBERED.sub(r"\1\\", _MARKUP.sub(r"\\\g<0>", harmless))
