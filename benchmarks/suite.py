@@ -1,10 +1,10 @@
 """The headline results: `python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR [--seeds 0 1 2]`.
 
-Runs the pipelines of digits and MNIST as they are, and that of CIFAR-10 whole and in parts: each technique alone, every
-pair, and both orders of distillation and pruning. All stages are kept under runs/headline, and the same command goes
-on from there. When every model is made, pipelines are timed again with nothing else running, and the CIFAR-10 models of
-the first seed in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same
-teacher. Reports and figures go to benchmarks/results, tables to the README.
+Runs the pipelines of MNIST and CIFAR-10 with each seed, and with the first one that of CIFAR-10 also in parts: each
+technique alone, every pair, and both orders of distillation and pruning. All stages are kept under runs/headline, and
+the same command goes on from there. When every model is made, pipelines are timed again with nothing else running, and
+the parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same teacher.
+Reports and figures go to benchmarks/results, tables to the README.
 """
 
 import argparse
@@ -45,8 +45,7 @@ TECHNIQUES = {
     "P": ("magnitude_pruning",),
     "Q": ("int8_qat", "onnx_export"),
 }
-CHAINS = ("D", "P", "Q", "DP", "DQ", "PQ", "PDQ", "DPQ")
-"""The last is the pipeline itself."""
+WHOLE, PARTS = "DPQ", ("D", "P", "Q", "DP", "DQ", "PQ", "PDQ")
 
 
 def main() -> None:
@@ -61,25 +60,25 @@ def main() -> None:
         name: os.path.relpath(getattr(arguments, name), ROOT) for name in ("mnist_dir", "cifar10_dir", "weights_dir")
     }
     whole: dict[str, list[Callable[[], Report]]] = {
-        "cifar10": [partial(cifar10_report, CHAINS[-1], seed, places) for seed in arguments.seeds],
+        "cifar10": [partial(cifar10_report, WHOLE, seed, places) for seed in arguments.seeds],
         **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in PUBLISHED},
         "digits": [digits_report],
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each: stages then give equal models on any machine
-        of_cifar10 = [pool.submit(cifar10_parts, seed, places) for seed in arguments.seeds]
-        for run in [pool.submit(run) for name, runs in whole.items() if name != "cifar10" for run in runs]:
-            run.result()
-        parts = [run.result() for run in of_cifar10]
+        of_parts = pool.submit(cifar10_parts, arguments.seeds[0], places)  # the whole of the first seed is among them
+        others = [run for name, runs in whole.items() for run in (runs[1:] if name == "cifar10" else runs)]
+        for finished in [pool.submit(run) for run in others]:
+            finished.result()
+        parts = of_parts.result()
     reports = {name: [run() for run in runs] for name, runs in whole.items()}  # from what is kept, and timed alone
-    chains = [{**found, CHAINS[-1]: last} for found, last in zip(parts, reports["cifar10"], strict=True)]
     session = timed_together(arguments.seeds[0], places)
     result = {
         "command": "python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR"
         + ("" if arguments.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, arguments.seeds))}"),
         "date": datetime.now(UTC).date().isoformat(),
         "seeds": arguments.seeds,
-        "mnist": {name: [of_run(report) for report in reports[name]] for name in PUBLISHED},
-        "cifar10": [{chain: of_run(report) for chain, report in found.items()} for found in chains],
+        "pipelines": {name: [of_run(report) for report in found] for name, found in reports.items()},
+        "cifar10_parts": {chain: of_run(report) for chain, report in parts.items()},
         "cifar10_session": session,
         "environment": environment(),
     }
@@ -128,7 +127,7 @@ def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
     names = [name for technique in chain for name in TECHNIQUES[technique]]
     kept = runs / "chains" / chain
     kept.mkdir(parents=True, exist_ok=True)
-    if chain != CHAINS[-1]:
+    if chain != WHOLE:
         file = kept / file.name
         del settings["gate"]
         file.write_text(json.dumps({**settings, "stages": [by_name[name] for name in names]}))  # JSON is YAML
@@ -147,8 +146,8 @@ def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
 
 
 def cifar10_parts(seed: int, places: Mapping[str, str]) -> dict[str, Report]:
-    """The pipeline of CIFAR-10 and its parts, by techniques in their order; parts share the stages they begin with."""
-    return {chain: cifar10_report(chain, seed, places) for chain in reversed(CHAINS)}
+    """Reports of parts of the pipeline of CIFAR-10; they share the stages they begin with, so the longest go first."""
+    return {chain: cifar10_report(chain, seed, places) for chain in (WHOLE, *reversed(PARTS))}
 
 
 def of_run(report: Report) -> dict[str, Any]:
@@ -174,9 +173,11 @@ def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
     from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
 
     task, runs = cifar10.task(ROOT / places["cifar10_dir"]), RUNS / f"seed{seed}"
-    report = read_report(runs / "chains" / CHAINS[-1] / "report.json")
+    report = read_report(runs / "chains" / WHOLE / "report.json")
     baseline = runs / "cifar10" / report.rows[0].model_file
-    files = {"ResNet-56, float32": baseline} | {chain: runs / "chains" / chain / "model.onnx" for chain in CHAINS}
+    files = {"ResNet-56, float32": baseline} | {
+        chain: runs / "chains" / chain / "model.onnx" for chain in (*PARTS, WHOLE)
+    }
     peers = {
         "onnxruntime, quantize_static, defaults": lambda place: by_onnxruntime(baseline, task, None, place),
         "onnxruntime, quantize_static, tuned": lambda place: by_onnxruntime(baseline, task, "Percentile", place),
@@ -208,20 +209,13 @@ def tables(result: Mapping[str, Any]) -> str:
     _, headline, table, *_ = to_markdown(demo).split("\n\n")
     facts = result["environment"]
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime"))
-    hours = sum(found["seconds"] for found in runs_of(result)) / 3600
     provenance = (
         f"<sub>`{result['command']}`, {result['date']}: seeds {', '.join(map(str, result['seeds']))}, mean ± standard "
-        f"deviation; {hours:.1f} hours of stages on one thread each. {facts['cores']} cores of {facts['cpu']} "
+        f"deviation; stages on one thread each. {facts['cores']} cores of {facts['cpu']} "
         f"({', '.join(facts['cpu_flags'])}), {versions}; all of it in "
         "[headline.json](benchmarks/results/headline.json), each run in pipeline_*.json beside it.</sub>"
     )
     return "\n\n".join([f"**{demo.pipeline}**: {headline}", table, *of_mnist(result), *of_cifar10(result), provenance])
-
-
-def runs_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every run whose stages were all its own; those of parts are among those of the whole chain."""
-    mnist = [run for runs in result["mnist"].values() for run in runs]
-    return [*mnist, *(found[CHAINS[-1]] for found in result["cifar10"])]
 
 
 def of_mnist(result: Mapping[str, Any]) -> list[str]:
@@ -230,8 +224,8 @@ def of_mnist(result: Mapping[str, Any]) -> list[str]:
         "| MNIST | smaller | faster | accuracy before | after | Deep Compression |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, runs in result["mnist"].items():
-        published = PUBLISHED[name]
+    for name, published in PUBLISHED.items():
+        runs = result["pipelines"][name]
         smaller = [run["size_ratio"] for run in runs]
         lines.append(
             f"| {published['network']} | {min(smaller):.0f}x to {max(smaller):.0f}x | "
@@ -248,12 +242,13 @@ def of_cifar10(result: Mapping[str, Any]) -> list[str]:
     first = next(iter(rows.values()))
     lines = ["| CIFAR-10, ResNet-56 | size | smaller | faster | accuracy |", "|---|--:|--:|--:|--:|"]
     for name, row in rows.items():
-        found = [seed[name]["accuracy"] for seed in result["cifar10"] if name in seed]
+        runs = result["pipelines"]["cifar10"] if name == WHOLE else [row]
         latency = row["latency"]
         faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
+        chain = " → ".join(WORDS[part] for part in name) if name in (*PARTS, WHOLE) else name
         lines.append(
-            f"| {' → '.join(WORDS[part] for part in name) if name in CHAINS else name} | {size(row['size_bytes'])} | "
-            f"{first['size_bytes'] / row['size_bytes']:.2f}x | {faster} | {spread(found or [row['accuracy']])} |"
+            f"| {chain} | {size(row['size_bytes'])} | "
+            f"{first['size_bytes'] / row['size_bytes']:.2f}x | {faster} | {spread([run['accuracy'] for run in runs])} |"
         )
     return ["\n".join(lines)]
 
