@@ -15,7 +15,7 @@ import click
 from compressor.errors import CompressorError, ConfigError, InputError
 from compressor.report.figures import printable
 from compressor.report.gate import exit_code, sentence
-from compressor.report.github import append_summary, inert, problem_annotation, verdict_annotations
+from compressor.report.github import InertFormatter, append_summary, inert, problem_annotation, verdict_annotations
 from compressor.report.json import read_report, to_json
 from compressor.report.records import Verdict
 from compressor.report.table import to_table
@@ -356,7 +356,9 @@ def schema() -> int:
 
 def main() -> NoReturn:
     """Run the command line; end the process with the exit code of what happened."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    to_log = logging.StreamHandler(sys.stderr)
+    to_log.setFormatter(InertFormatter() if _IN_ACTIONS else logging.Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[to_log])
     logging.getLogger("compressor").setLevel(logging.INFO if _IS_MAIN else logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)

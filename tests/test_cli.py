@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -29,6 +30,21 @@ def test_command_answers_without_torch_in_half_a_second_of_cpu(arguments):
     assert finished.stderr.splitlines()[-1] == "[]"
     # twice the promised 0.5 s: this machine may be busy; benchmarks/startup.py has the figure
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize(("in_actions", "written"), [("true", ": :error::b"), ("", "::error::b")])
+def test_log_lines_are_no_commands_in_github_actions(in_actions, written):
+    probe = "import atexit, logging; from compressor.cli import main; "
+    probe += "atexit.register(lambda: logging.getLogger('compressor').info('layer a\\n::error::b')); main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", probe, "--version"],
+        env={**os.environ, "GITHUB_ACTIONS": in_actions},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert finished.stderr.splitlines() == ["layer a", written]
 
 
 def test_stages_are_listed_with_what_they_do():

@@ -1,10 +1,11 @@
 """What GitHub Actions reads: the commands that a log may hold, and the Markdown of a step's summary."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, final
 
 from compressor.disk import output_errors
 from compressor.errors import Problem
@@ -25,6 +26,15 @@ _PROPERTY = {**_DATA, ":": "%3A", ",": "%2C"}
 def inert(text: str) -> str:
     """`text` with a space in everything that a runner would take for a command: names in it come from anywhere."""
     return _COMMAND.sub(lambda match: f"{match[0]} ", text)
+
+
+@final
+class InertFormatter(logging.Formatter):
+    """Lines of a log as `inert` text: stages name layers in theirs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole record, with what was raised."""
+        return inert(super().format(record))
 
 
 def annotation(level: Literal["warning", "error"], message: str, **properties: str | int | None) -> str:
