@@ -234,13 +234,22 @@ def _with_absolute_paths(root: Node, directory: Path) -> tuple[Node, list[Proble
                 problems.append(argument.place.problem(message))
                 continue
             in_file = isinstance(argument.place.source, Path)
-            absolute = Path(os.path.realpath((directory if in_file else Path.cwd()) / argument.value))
+            absolute = _absolute((directory if in_file else Path.cwd()) / argument.value)
             if reason := _missing(absolute, name):
                 option = dotted((*path, name))
                 hint = f"; another can be given with --set {option}=…" if in_file else ""
                 problems.append(argument.place.problem(f"{option} must exist, but {absolute} {reason}{hint}"))
             root = root.replaced((*path, name), replace(argument, value=str(absolute)))
     return root, problems
+
+
+def _absolute(path: Path) -> Path:
+    """`path` from the root with its links as they are: reports show it, and where links lead is of one machine alone.
+
+    They are followed where a `..` behind one leads elsewhere.
+    """
+    written, real = Path(os.path.abspath(path)), Path(os.path.realpath(path))  # noqa: PTH100  # resolve follows links
+    return written if os.path.realpath(written) == str(real) else real
 
 
 def _missing(path: Path, name: str) -> str:

@@ -69,6 +69,18 @@ def test_equal_pipelines_in_different_directories_have_equal_settings(directory:
     assert load(tmp_path / "moved/p.yaml").settings == here
 
 
+def test_settings_name_a_link_and_not_where_it_leads(directory: Path, tmp_path: Path):
+    (tmp_path / "volume/data").mkdir(parents=True)
+    (tmp_path / "volume/beside").mkdir()
+    (directory / "linked").symlink_to(tmp_path / "volume/data")
+
+    linked, behind = (
+        load(directory / "p.yaml", [f"task.data_dir={directory}/{path}"]) for path in ("linked", "linked/../beside")
+    )
+    assert linked.settings["task"]["data_dir"] == "linked"
+    assert behind.task.arguments["data_dir"] == tmp_path / "volume/beside"
+
+
 def test_paths_start_at_the_file_and_those_of_set_at_the_current_directory(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
