@@ -97,7 +97,11 @@ def random_inputs(
     for one in inputs:
         shape = _shape(one, batch_size, sizes or {}, path)
         floating = np.issubdtype(one.dtype, np.floating)
-        numbers = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        try:
+            numbers = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        except ValueError as error:  # what NumPy says of more numbers than addresses
+            msg = f"input {one.name!r} of {path} must have sizes that an array can have, got {shape}: {error}"
+            raise InputError(msg) from error
         arrays[one.name] = numbers.astype(one.dtype)
     return arrays
 

@@ -149,6 +149,11 @@ def test_damaged_npz_gives_arrays_or_an_input_error_and_nothing_else(text, tmp_p
     assert refused > 100
 
 
+def test_sizes_beyond_any_memory_are_refused(text):
+    with pytest.raises(InputError, match=r"input .* must have sizes that an array can have, got "):
+        random_inputs(text, batch_size=2**62, sizes={"length": 2**62})
+
+
 def test_inputs_go_by_name_where_a_file_has_the_same_names():
     named = {"a": ARRAYS["x"], "b": ARRAYS["tokens"]}
     x, tokens = (np.dtype(np.float32), ("n", 7)), (np.dtype(np.int64), ("n", 7))
