@@ -125,6 +125,38 @@ def test_a_speed_that_one_report_lacks_is_undecidable(lacking):
     assert verdicts({}, pair["now"], pair["before"])["latency_ratio"].status == "undecidable"
 
 
+@pytest.mark.parametrize("change", [{"parameters": 50_000}, {"macs": 2_000_000}])
+def test_speeds_over_another_float_baseline_are_undecidable(change):
+    found = delivered()
+    first = found.rows[0]
+    larger = first.model_copy(update={"measurement": first.measurement.model_copy(update=change)})
+    verdict = one("latency_ratio", {}, found.model_copy(update={"rows": (larger, found.rows[1])}), found)
+    assert verdict.status == "undecidable"
+    assert "the float baseline had 25,000 parameters and 1,000,000 MACs and has " in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("load_before", "load_now", "ratio", "status"),
+    [
+        (2, 1, 2.0, "met"),
+        (2, 1, 1.1, "undecidable"),
+        (1, 2, 2.0, "undecidable"),
+        (2, 2, 2.0, "met"),
+        (2, 2, 1.5, "unmet"),
+    ],
+)
+def test_milliseconds_count_what_load_did_to_the_float_baseline(load_before, load_now, ratio, status):
+    def under(load: float, found: Report) -> Report:
+        loaded = [
+            one.model_copy(update={"latency": one.latency.model_copy(update={"p50_ms": load * one.latency.p50_ms})})
+            for one in found.rows
+        ]
+        return on(MACHINE, found.model_copy(update={"rows": tuple(loaded)}))
+
+    now, before = under(load_now, delivered(timed=latency(ratio))), under(load_before, delivered())
+    assert one("latency_ms", {}, now, before).status == status
+
+
 def test_milliseconds_of_one_machine_are_compared():
     before, slower = on(MACHINE, delivered()), on(MACHINE, delivered(timed=latency(1.5)))
     assert one("latency_ms", {}, before, before).status == "met"
