@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[1]
-REPORT = ROOT / "benchmarks/results/pipeline_digits.json"
+REPORT = ROOT / "tests/reports/digits.json"
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "::set-env name=X::y", "a\n::error::b", "a|b`c`", "##[error]d"]
 PROBE = """
 import atexit, sys

@@ -233,12 +233,12 @@ def test_models_that_were_not_timed_do_not_stop_the_page():
 
 
 def test_report_of_an_earlier_release_becomes_a_page():
-    found = read_report(ROOT / "benchmarks/results/pipeline_mnist.json")
+    found = read_report(ROOT / "tests/reports/mnist.json")
     assert "140x smaller" in Page(to_html(found)).of("h1")[0]
 
 
 def test_command_writes_the_page_of_a_finished_run_again(tmp_path):
-    shutil.copy(ROOT / "benchmarks/results/pipeline_digits.json", tmp_path / "report.json")
+    shutil.copy(ROOT / "tests/reports/digits.json", tmp_path / "report.json")
     written = tmp_path / "pages" / "again.html"
     command = [sys.executable, "-m", "compressor", "report", str(tmp_path), "--json", "--html", str(written)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -139,7 +139,7 @@ def long_names(name: str) -> str:
 def boxes(tmp_path_factory):
     """What the probe found in each report at each width, all of them opened at once."""
     reports = {
-        "digits": read_report(ROOT / "benchmarks/results/pipeline_digits.json"),
+        "digits": read_report(ROOT / "tests/reports/digits.json"),
         "every section": everything(),
         "long names": everything(long_names),
         "many": everything(classes=1000, layers=200, epochs=500, prunings=5),
