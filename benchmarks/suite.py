@@ -4,7 +4,7 @@ Runs the pipelines of MNIST and CIFAR-10 with each seed, and with the first one 
 technique alone, every pair, and both orders of distillation and pruning. All stages are kept under runs/headline, and
 the same command goes on from there. When every model is made, pipelines are timed again with nothing else running, and
 the parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same teacher.
-Reports and figures go to benchmarks/results, tables to the README.
+The first seed's reports and the figures of all go to benchmarks/results, tables to the README.
 """
 
 import argparse
@@ -15,12 +15,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -28,18 +29,15 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 
 from compressor.latency import time_models
 from compressor.report.environment import environment
-from compressor.report.figures import size
+from compressor.report.figures import compared_size, factor, size, speed
 from compressor.report.json import read_report, to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Report
+from compressor.report.records import Latency, Report
 
 RESULTS, RUNS = ROOT / "benchmarks" / "results", ROOT / "runs" / "headline"
 README, BEGIN, END = ROOT / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
-PUBLISHED = {
-    "mnist": {"network": "LeNet-5", "smaller": 39, "accuracy": 0.9920},
-    "mnist_300_100": {"network": "LeNet-300-100", "smaller": 40, "accuracy": 0.9836},
-}
-"""Deep Compression (Han et al. 2016, table 1)."""
+DEEP_COMPRESSION = {"mnist": (39, 0.9920), "mnist_300_100": (40, 0.9836)}
+"""How much smaller Han et al. (2016) made the same network, and its test accuracy, which they did not lose."""
 TECHNIQUES = {
     "D": ("soft_labels", "distillation"),
     "P": ("magnitude_pruning",),
@@ -59,28 +57,33 @@ def main() -> None:
     places = {
         name: os.path.relpath(getattr(arguments, name), ROOT) for name in ("mnist_dir", "cifar10_dir", "weights_dir")
     }
+    import nncf  # noqa: PLC0415  # an extra; better to lack it before hours of work than after
+
     whole: dict[str, list[Callable[[], Report]]] = {
         "cifar10": [partial(cifar10_report, WHOLE, seed, places) for seed in arguments.seeds],
-        **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in PUBLISHED},
+        **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in DEEP_COMPRESSION},
         "digits": [digits_report],
     }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each: stages then give equal models on any machine
-        of_parts = pool.submit(cifar10_parts, arguments.seeds[0], places)  # the whole of the first seed is among them
-        others = [run for name, runs in whole.items() for run in (runs[1:] if name == "cifar10" else runs)]
-        for finished in [pool.submit(run) for run in others]:
-            finished.result()
-        parts = of_parts.result()
+    others = [run for name, runs in whole.items() for run in (runs[1:] if name == "cifar10" else runs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each, so that any number of cores gives equal sums
+        of_parts = pool.submit(cifar10_parts, arguments.seeds[0], places)  # they begin with the whole
+        try:
+            for finished in as_completed([of_parts, *map(pool.submit, others)]):
+                finished.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     reports = {name: [run() for run in runs] for name, runs in whole.items()}  # from what is kept, and timed alone
     session = timed_together(arguments.seeds[0], places)
+    facts = environment()
     result = {
         "command": "python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR"
         + ("" if arguments.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, arguments.seeds))}"),
         "date": datetime.now(UTC).date().isoformat(),
         "seeds": arguments.seeds,
         "pipelines": {name: [of_run(report) for report in found] for name, found in reports.items()},
-        "cifar10_parts": {chain: of_run(report) for chain, report in parts.items()},
         "cifar10_session": session,
-        "environment": environment(),
+        "environment": {**facts, "versions": {**facts["versions"], "nncf": nncf.__version__}},
     }
     for name, found in reports.items():
         (RESULTS / f"pipeline_{name}.json").write_text(to_json(found[0]))
@@ -96,7 +99,7 @@ def compressed(file: Path, runs: Path, overrides: Mapping[str, object]) -> Repor
     search = os.pathsep.join([str(ROOT), str(ROOT / "pipelines"), os.environ.get("PYTHONPATH", "")])
     settings = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
     finished = subprocess.run(
-        [sys.executable, "-m", "compressor", "run", str(file), "--runs", str(runs), *settings],
+        [sys.executable, "-m", "compressor", "run", str(file), "--runs", str(runs), "--device", "cpu", *settings],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search},
         stdout=subprocess.PIPE,
@@ -120,12 +123,12 @@ def mnist_report(name: str, seed: int, places: Mapping[str, str]) -> Report:
 
 
 def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
-    """The pipeline of CIFAR-10, or a part of it, whose report and model are kept by the name of the part."""
+    """The pipeline of CIFAR-10, or a part of it; its model is kept by the name of the part."""
     file, runs = ROOT / "pipelines" / "cifar10.yaml", RUNS / f"seed{seed}"
     settings = YAML(typ="safe").load(file)
     by_name = {stage["stage"]: stage for stage in settings["stages"]}
     names = [name for technique in chain for name in TECHNIQUES[technique]]
-    kept = runs / "chains" / chain
+    kept = runs / "parts" / chain
     kept.mkdir(parents=True, exist_ok=True)
     if chain != WHOLE:
         file = kept / file.name
@@ -140,28 +143,30 @@ def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
     if "distillation" in names:
         overrides[f"stages.{names.index('distillation')}.student.weights_path"] = weights.format("resnet20")
     report = compressed(file, runs, overrides)
-    shutil.copy(runs / "cifar10" / "report.json", kept)
     shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept / "model.onnx")
     return report
 
 
-def cifar10_parts(seed: int, places: Mapping[str, str]) -> dict[str, Report]:
-    """Reports of parts of the pipeline of CIFAR-10; they share the stages they begin with, so the longest go first."""
-    return {chain: cifar10_report(chain, seed, places) for chain in (WHOLE, *reversed(PARTS))}
+def cifar10_parts(seed: int, places: Mapping[str, str]) -> None:
+    """Make every part of the pipeline of CIFAR-10; they share the stages they begin with, so the longest go first."""
+    for chain in (WHOLE, *reversed(PARTS)):
+        cifar10_report(chain, seed, places)
 
 
 def of_run(report: Report) -> dict[str, Any]:
     """Figures of a report: the baseline and the delivered model."""
     first, last = report.rows[0], report.rows[-1]
     assert last.latency is not None
+    assert report.latency_session is not None
     return {
         "size_ratio": first.measurement.size_bytes / last.measurement.size_bytes,
         "size_bytes": last.measurement.size_bytes,
         "latency": last.latency.model_dump(),
-        "noise": report.latency_session.noise.model_dump() if report.latency_session else None,
+        "noise": report.latency_session.noise.model_dump(),
         "baseline_accuracy": first.measurement.metrics["accuracy"],
         "accuracy": last.measurement.metrics["accuracy"],
-        "seconds": sum(row.seconds for row in (*report.rows, *report.preparations)),
+        "accuracies": {row.stage: row.measurement.metrics["accuracy"] for row in report.rows},
+        "seconds": {row.stage: row.seconds for row in (*report.preparations, *report.rows)},
     }
 
 
@@ -170,26 +175,23 @@ def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
     import cifar10  # noqa: PLC0415  # imports torch
 
     from compressor.measure import measure  # noqa: PLC0415
+    from compressor.onnx_writing import compact, write  # noqa: PLC0415
     from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
 
     task, runs = cifar10.task(ROOT / places["cifar10_dir"]), RUNS / f"seed{seed}"
-    report = read_report(runs / "chains" / WHOLE / "report.json")
-    baseline = runs / "cifar10" / report.rows[0].model_file
-    files = {"ResNet-56, float32": baseline} | {
-        chain: runs / "chains" / chain / "model.onnx" for chain in (*PARTS, WHOLE)
-    }
-    peers = {
-        "onnxruntime, quantize_static, defaults": lambda place: by_onnxruntime(baseline, task, None, place),
-        "onnxruntime, quantize_static, tuned": lambda place: by_onnxruntime(baseline, task, "Percentile", place),
-        "NNCF, quantize": lambda place: by_nncf(baseline, task, "mixed", place),
+    baseline = runs / "cifar10" / read_report(runs / "cifar10" / "report.json").rows[0].model_file
+    files = {"float32": baseline} | {chain: runs / "parts" / chain / "model.onnx" for chain in (*PARTS, WHOLE)}
+    peers: dict[str, Callable[[Path], object]] = {
+        "onnxruntime, defaults": lambda place: by_onnxruntime(baseline, task, None, place),
+        "onnxruntime, per channel": lambda place: by_onnxruntime(baseline, task, "MinMax", place),
+        "NNCF": lambda place: by_nncf(baseline, task, "mixed", place),
     }
     for name, make in peers.items():
         place = runs / "peers" / name.replace(", ", "_").replace(" ", "_")
-        files[name] = place / "model.onnx"
-        if not (place / "done").exists():
-            place.mkdir(parents=True, exist_ok=True)
-            make(place)
-            (place / "done").touch()
+        place.mkdir(parents=True, exist_ok=True)
+        make(place)
+        files[name] = place / "without_metadata.onnx"  # as ours are
+        write(compact(onnx.load(place / "model.onnx")), files[name])
     found = {name: measure(file, task).measurement for name, file in files.items()}
     times, session = time_models(tuple(files.values()), inputs=[task.example_inputs[0][:1].numpy()])
     rows = {
@@ -208,63 +210,65 @@ def tables(result: Mapping[str, Any]) -> str:
     demo = read_report(RESULTS / "pipeline_digits.json")
     _, headline, table, *_ = to_markdown(demo).split("\n\n")
     facts = result["environment"]
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime"))
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime", "nncf"))
+    hours = sum(sum(run["seconds"].values()) for runs in result["pipelines"].values() for run in runs) / 3600
+    first, *_ = result["seeds"]
     provenance = (
-        f"<sub>`{result['command']}`, {result['date']}: seeds {', '.join(map(str, result['seeds']))}, mean ± standard "
-        f"deviation; stages on one thread each. {facts['cores']} cores of {facts['cpu']} "
-        f"({', '.join(facts['cpu_flags'])}), {versions}; all of it in "
-        "[headline.json](benchmarks/results/headline.json), each run in pipeline_*.json beside it.</sub>"
+        f"<sub>`{result['command']}`, {result['date']}. Seeds {', '.join(map(str, result['seeds']))} where there is a "
+        f"range or a standard deviation (±), else {first}; sizes without metadata. The stages of the pipelines took "
+        f"{hours:.1f} hours, on one thread each. {facts['cores']} cores of {facts['cpu']} "
+        f"({', '.join(facts['cpu_flags'])}), {versions}; all of it in [headline.json](benchmarks/results/headline.json)"
+        f", reports of seed {first} in pipeline_*.json beside it.</sub>"
     )
-    return "\n\n".join([f"**{demo.pipeline}**: {headline}", table, *of_mnist(result), *of_cifar10(result), provenance])
+    return "\n\n".join([f"**{demo.pipeline}**: {headline}", table, of_mnist(result), of_cifar10(result), provenance])
 
 
-def of_mnist(result: Mapping[str, Any]) -> list[str]:
+def of_mnist(result: Mapping[str, Any]) -> str:
     """MNIST beside what was published."""
     lines = [
-        "| MNIST | smaller | faster | accuracy before | after | Deep Compression |",
+        "| MNIST, ONNX file | smaller | faster, batch 1 | accuracy before | after | Deep Compression |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, published in PUBLISHED.items():
+    networks = {"mnist": "LeNet-5", "mnist_300_100": "LeNet-300-100"}
+    for name, (smaller, accuracy) in DEEP_COMPRESSION.items():
         runs = result["pipelines"][name]
-        smaller = [run["size_ratio"] for run in runs]
         lines.append(
-            f"| {published['network']} | {min(smaller):.0f}x to {max(smaller):.0f}x | "
-            f"{span([run['latency']['ratio'] for run in runs])} | "
-            f"{spread([run['baseline_accuracy'] for run in runs])} | {spread([run['accuracy'] for run in runs])} | "
-            f"{published['smaller']}x, {100 * published['accuracy']:.2f} % before |"
+            f"| {networks[name]} | {least_and_most([run['size_ratio'] for run in runs])} | "
+            f"{least_and_most([run['latency']['ratio'] for run in runs])} | "
+            f"{mean([run['baseline_accuracy'] for run in runs])} | {mean([run['accuracy'] for run in runs])} | "
+            f"{smaller}x at {100 * accuracy:.2f} % |"
         )
-    return ["\n".join(lines)]
+    return "\n".join(lines)
 
 
-def of_cifar10(result: Mapping[str, Any]) -> list[str]:
+def of_cifar10(result: Mapping[str, Any]) -> str:
     """CIFAR-10: each technique alone, every pair, both orders, and peers, in one session."""
-    rows = result["cifar10_session"]["rows"]
-    first = next(iter(rows.values()))
-    lines = ["| CIFAR-10, ResNet-56 | size | smaller | faster | accuracy |", "|---|--:|--:|--:|--:|"]
+    rows, noise = result["cifar10_session"]["rows"], result["cifar10_session"]["session"]["noise"]
+    lines = ["| CIFAR-10, ResNet-56 | size | | latency | accuracy |", "|---|--:|--:|--:|--:|"]
+    words = {"D": "distillation", "P": "pruning", "Q": "int8 (QAT)"}
     for name, row in rows.items():
         runs = result["pipelines"]["cifar10"] if name == WHOLE else [row]
-        latency = row["latency"]
-        faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
-        chain = " → ".join(WORDS[part] for part in name) if name in (*PARTS, WHOLE) else name
-        lines.append(
-            f"| {chain} | {size(row['size_bytes'])} | "
-            f"{first['size_bytes'] / row['size_bytes']:.2f}x | {faster} | {spread([run['accuracy'] for run in runs])} |"
-        )
-    return ["\n".join(lines)]
+        chain = " → ".join(words[part] for part in name) if name in (*PARTS, WHOLE) else name
+        first = name == next(iter(rows))
+        smaller = "" if first else compared_size(rows["float32"]["size_bytes"], row["size_bytes"])
+        faster = "" if first else speed(Latency.model_validate(row["latency"]))
+        accuracy = mean([run["accuracy"] for run in runs])
+        lines.append(f"| {chain} | {size(row['size_bytes'])} | {smaller} | {faster} | {accuracy} |")
+    floor = max(noise["ratio_high"], 1 / noise["ratio_low"]) - 1
+    return "\n".join(
+        [*lines, "", f"One latency session; two sessions of one file differ by up to {100 * floor:.1f} %."]
+    )
 
 
-WORDS = {"D": "distillation", "P": "pruning", "Q": "int8 (QAT)"}
+def mean(shares: Sequence[float]) -> str:
+    """Mean, and standard deviation if there are several, of shares, in percent."""
+    deviation = f" ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.fmean(shares):.2f}{deviation} %"
 
 
-def spread(shares: Sequence[float]) -> str:
-    """Mean and standard deviation of shares, in percent."""
-    mean = f"{100 * statistics.fmean(shares):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(shares):.2f} %" if len(shares) > 1 else f"{mean} %"
-
-
-def span(ratios: Sequence[float]) -> str:
-    """The smallest and the largest of some ratios."""
-    return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if len(ratios) > 1 else f"{ratios[0]:.2f}x"
+def least_and_most(ratios: Sequence[float]) -> str:
+    """The smallest and the largest of some ratios; the smallest is not rounded up."""
+    return f"{factor(min(ratios))}x to {factor(max(ratios))}x" if len(ratios) > 1 else f"{factor(ratios[0])}x"
 
 
 if __name__ == "__main__":
