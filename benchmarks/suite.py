@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 
 from compressor.latency import time_models
 from compressor.report.environment import environment
-from compressor.report.figures import compared_size, factor, size, speed
+from compressor.report.figures import compared_size, count, factor, size, speed
 from compressor.report.json import read_report, to_json
 from compressor.report.markdown import to_markdown
 from compressor.report.records import Latency, Report
@@ -234,8 +234,8 @@ def tables(result: Mapping[str, Any]) -> str:
     hours = sum(sum(run["seconds"].values()) for runs in result["pipelines"].values() for run in runs) / 3600
     first, *_ = result["seeds"]
     provenance = (
-        f"<sub>`{result['command']}`, {result['date']}. Seeds {', '.join(map(str, result['seeds']))} where there is a "
-        f"range or a standard deviation (±), else {first}; sizes without metadata. The stages of the pipelines took "
+        f"<sub>`{result['command']}`, {result['date']}. Ranges and standard deviations (±) are over seeds, everything "
+        f"else is of seed {first}; sizes without metadata. The stages of the pipelines took "
         f"{hours:.1f} hours, on one thread each. {facts['cores']} cores of {facts['cpu']} "
         f"({', '.join(facts['cpu_flags'])}), {versions}; all of it in [headline.json](benchmarks/results/headline.json)"
         f", reports of seed {first} in pipeline_*.json beside it.</sub>"
@@ -253,7 +253,7 @@ def of_mnist(result: Mapping[str, Any]) -> str:
     for name, (smaller, accuracy) in DEEP_COMPRESSION.items():
         runs = result["pipelines"][name]
         lines.append(
-            f"| {networks[name]} | {least_and_most([run['size_ratio'] for run in runs])} | "
+            f"| {networks[name]}, {count(len(runs), 'seed')} | {least_and_most([run['size_ratio'] for run in runs])} | "
             f"{least_and_most([run['latency']['ratio'] for run in runs])} | "
             f"{mean([run['baseline_accuracy'] for run in runs])} | {mean([run['accuracy'] for run in runs])} | "
             f"{smaller}x at {100 * accuracy:.2f} % |"
@@ -271,11 +271,12 @@ def of_cifar10(result: Mapping[str, Any]) -> str:
     for name, row in rows.items():
         runs = result["pipelines"]["cifar10"] if name == WHOLE else [row]
         chain = " → ".join(words[part] for part in name) if name in (*PARTS, WHOLE) else name
+        label = f"{chain}, {count(len(runs), 'seed')}" if len(runs) > 1 else chain
         first = name == next(iter(rows))
         smaller = "" if first else compared_size(rows["float32"]["size_bytes"], row["size_bytes"])
         faster = "" if first else speed(Latency.model_validate(row["latency"]))
         accuracy = mean([run["accuracy"] for run in runs])
-        lines.append(f"| {chain} | {size(row['size_bytes'])} | {smaller} | {faster} | {accuracy} |")
+        lines.append(f"| {label} | {size(row['size_bytes'])} | {smaller} | {faster} | {accuracy} |")
     floor = max(noise["ratio_high"], 1 / noise["ratio_low"]) - 1
     return "\n".join(
         [*lines, "", f"One latency session; two sessions of one file differ by up to {100 * floor:.1f} %."]
