@@ -37,7 +37,7 @@ $(VENV)/.peers: $(VENV)/.dev
 	touch $@
 
 # The committed numbers. MNIST is a directory with train.npz and test.npz; CIFAR10 has train/CLASS/*.jpg and test/;
-# WEIGHTS has resnet20_cifar10.safetensors and resnet56_cifar10.safetensors. Both targets go on where they were stopped.
+# WEIGHTS has resnet20_cifar10.safetensors and resnet56_cifar10.safetensors. The suite goes on where it was stopped.
 MNIST ?= ../shared/data/mnist
 CIFAR10 ?= ../shared/data/cifar10_jpeg
 WEIGHTS ?= ../shared/data/weights

@@ -1,9 +1,10 @@
 """The headline results: `python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR [--seeds 0 1 2]`.
 
-Runs the pipelines of MNIST and CIFAR-10 with each seed, and with the first one that of CIFAR-10 also in parts: each
-technique alone, every pair, and both orders of distillation and pruning. All stages are kept under runs/headline, and
-the same command goes on from there. When every model is made, pipelines are timed again with nothing else running, and
-the parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same teacher.
+Runs the demo, the pipelines of MNIST and CIFAR-10 with each seed, and with the first one that of CIFAR-10 also in
+parts: each technique alone, every pair, and both orders of distillation and pruning. All stages are kept under
+runs/headline, and the same command goes on from there. When every model is made, pipelines are timed again with nothing
+else running, and the parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of
+the same teacher.
 The first seed's reports and the figures of all go to benchmarks/results, tables to the README.
 """
 
