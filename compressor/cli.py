@@ -150,19 +150,19 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
     """Compare what a run delivered, by its REPORT (report.json), with what an earlier run did.
 
     Without a budget file sizes may grow by 2 %, the speed over the float baseline may fall by 10 %, and each metric may
-    drop by 0.01. Exit codes: 0 within the budget, 3 a limit is not met, 4 one cannot be decided or there is nothing
-    to compare with, 2 budget file, 5 the report itself.
+    drop by 0.01. Exit codes: 0 within the budget, 3 a limit is not met, 4 one cannot be decided or a report cannot be
+    read, 2 budget file.
     """
     from compressor.budget_file import load_budget
     from compressor.report.budget import Budget, compare, incomparable
     from compressor.report.layout import escape, markdown_bullets
 
     allowed = load_budget(budget) if budget else Budget()
-    found = read_report(report)
     try:
-        verdicts = compare(allowed, found, read_report(baseline))
+        found, earlier = read_report(report), read_report(baseline)
+        name, verdicts = found.pipeline, compare(allowed, found, earlier)
     except InputError as error:
-        verdicts = (incomparable(str(error)),)
+        name, verdicts = str(report), (incomparable(str(error)),)
     code = exit_code(verdicts)
     sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
     if as_json:
@@ -170,9 +170,9 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
         click.echo(json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1))
     else:
         _say("\n".join(map(printable, sentences)))
-    _publish(f"# {escape(f'Gate of {found.pipeline}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
+    _publish(f"# {escape(f'Gate of {name}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
     if junit:
-        _write_junit(junit, found.pipeline, verdicts)
+        _write_junit(junit, name, verdicts)
     return code
 
 

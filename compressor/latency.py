@@ -38,7 +38,7 @@ _TIMED_CALLS, _TIMED_SECONDS = 4, 0.02
 
 
 def ratio_interval(log_ratios: Sequence[float]) -> Interval:
-    """Student-t interval of the ratio whose logarithm each round found; at least 2 rounds."""
+    """Student-t interval, of 95 %, of the ratio whose logarithm each round found; at least 2 rounds."""
     mean = statistics.fmean(log_ratios)
     error = statistics.stdev(log_ratios) / math.sqrt(len(log_ratios))
     half_width = t_quantile(len(log_ratios) - 1) * error

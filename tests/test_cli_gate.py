@@ -98,7 +98,7 @@ def test_what_is_at_level_warn_is_told_and_exits_0(larger, tmp_path):
         (lambda document: document.update(schema_version=2), "must have schema_version 1, got 2"),
         (lambda document: document.pop("rows"), "rows: Field required"),
         (lambda document: document.update(rows=[]), "rows: Tuple should have at least 1 item"),
-        (lambda document: document.update(pipeline="mnist"), "it is of 'mnist' and the report of 'digits'"),
+        (lambda document: document.update(pipeline="mnist"), "the baseline is of 'mnist' and the report of 'digits'"),
         (lambda document: document["metrics"][0].update(name="f1"), "every row must have a value of every metric"),
         (lambda document: document.update(metrics=[]), "the earlier report has no such metric"),
         (lambda document: document.update(latency_session=None), "the earlier report has no latency"),
@@ -123,14 +123,30 @@ def test_a_missing_baseline_exits_4_whatever_the_budget(tmp_path):
     budget.write_text("size_bytes: {level: off}\n")
     finished = gate(REPORT, "--budget", budget, baseline=tmp_path / "none.json")
     assert finished.returncode == 4
-    assert "undecidable: baseline must be an earlier report of the same pipeline, but " in finished.stdout
+    assert "undecidable: reports must be two of the same pipeline, but " in finished.stdout
     assert "No such file or directory" in finished.stdout
 
 
-def test_a_missing_report_exits_5(tmp_path):
-    finished = gate(tmp_path / "none.json")
-    assert finished.returncode == 5
-    assert "Traceback" not in finished.stderr
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda document: document.update(schema_version=2), "report.json must have schema_version 1, got 2"),
+        (lambda document: document.pop("rows"), "rows: Field required"),
+    ],
+)
+def test_a_report_that_cannot_be_read_exits_4(changed, change, reason):
+    finished = gate(changed(change))
+    assert (finished.returncode, finished.stderr) == (4, "")
+    assert reason in finished.stdout
+
+
+def test_a_missing_report_exits_4_and_is_told_in_the_junit_xml(tmp_path):
+    finished = gate(tmp_path / "none.json", "--junit", tmp_path / "gate.xml")
+    assert (finished.returncode, finished.stderr) == (4, "")
+    (suite,) = ElementTree.parse(tmp_path / "gate.xml").getroot()
+    (case,) = suite
+    assert (case.get("classname"), case.get("name")) == (str(tmp_path / "none.json"), "reports")
+    assert "No such file or directory" in ElementTree.tostring(case, "unicode")
 
 
 def test_a_budget_with_a_typo_exits_2_with_its_place(tmp_path):

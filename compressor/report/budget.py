@@ -97,13 +97,13 @@ def compare(budget: Budget, report: Report, earlier: Report) -> tuple[Verdict, .
     What one of them lacks, or what they did not measure alike, is undecidable, never met.
     """
     if report.pipeline != earlier.pipeline:
-        return (incomparable(f"it is of {earlier.pipeline!r} and the report of {report.pipeline!r}"),)
+        return (incomparable(f"the baseline is of {earlier.pipeline!r} and the report of {report.pipeline!r}"),)
     return tuple(verdict for verdict in _verdicts(budget, report, earlier) if verdict.level != "off")
 
 
 def incomparable(reason: str) -> Verdict:
     """The verdict where nothing can be compared, because of `reason`; no budget can make it a warning."""
-    return undecidable("baseline", "an earlier report of the same pipeline", reason)
+    return undecidable("reports", "two of the same pipeline", reason)
 
 
 def _verdicts(budget: Budget, report: Report, earlier: Report) -> Iterator[Verdict]:

@@ -99,7 +99,7 @@ class Fidelity(BaseModel):
 
 
 class Interval(NamedTuple):
-    """A measured number > 0 and the ends of its 95 % confidence interval."""
+    """A measured number > 0 and the ends of the interval that holds the true one."""
 
     value: float
     low: float

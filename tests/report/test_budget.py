@@ -237,7 +237,7 @@ def test_a_report_of_another_pipeline_is_nothing_to_compare_with():
     (verdict,) = compare(Budget(), delivered(), delivered().model_copy(update={"pipeline": "mnist"}))
     assert exit_code([verdict]) == 4
     assert verdict.message == (
-        "baseline must be an earlier report of the same pipeline, but it is of 'mnist' and the report of 'digits'"
+        "reports must be two of the same pipeline, but the baseline is of 'mnist' and the report of 'digits'"
     )
 
 
