@@ -291,8 +291,8 @@ def mean(shares: Sequence[float]) -> str:
 
 
 def least_and_most(ratios: Sequence[float]) -> str:
-    """The smallest and the largest of some ratios; the smallest is not rounded up."""
-    return f"{factor(min(ratios))}x to {factor(max(ratios))}x" if len(ratios) > 1 else f"{factor(ratios[0])}x"
+    """The smallest and the largest of some ratios, or one where three digits do not tell them apart."""
+    return " to ".join(dict.fromkeys(f"{factor(ratio)}x" for ratio in (min(ratios), max(ratios))))
 
 
 if __name__ == "__main__":
