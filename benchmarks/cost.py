@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def main() -> None:
     turns = [{images: cost(data_dir, images) for images in IMAGES} for _ in range(TURNS)]
     result = {
         "command": "python benchmarks/cost.py MNIST_DIR",
+        "date": datetime.now(UTC).date().isoformat(),
         "images": IMAGES,
         "turns": [[turn[images] for images in IMAGES] for turn in turns],
         "environment": environment(),
@@ -84,9 +86,10 @@ def table(result: Mapping[str, Any]) -> str:
     facts = result["environment"]
     lines += [
         "",
-        f"<sub>`{result['command']}`: MNIST, LeNet-5, one epoch of each training; the smallest of {len(turns)} "
-        f"turns, whose sums spread by up to {100 * spread:.0f} % (standard deviation). {facts['cpu']}, torch "
-        f"{facts['versions']['torch']}; all of it in [cost.json](benchmarks/results/cost.json).</sub>",
+        f"<sub>`{result['command']}`, {result['date']}: MNIST, LeNet-5, one epoch of each training; the smallest of "
+        f"{len(turns)} turns, whose sums spread by up to {100 * spread:.0f} % (standard deviation). {facts['cores']} "
+        f"cores of {facts['cpu']}, torch {facts['versions']['torch']}; all of it in "
+        f"[cost.json](benchmarks/results/cost.json).</sub>",
     ]
     return "\n".join(lines)
 
