@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
 
-from compressor.artifact import TorchModel, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import structural_edits
 from compressor.export import to_onnx
 from compressor.latency import time_models
 from compressor.measure import measure

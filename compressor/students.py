@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.artifact import Edit, TorchModel, apply_edit_in_place, apply_edits, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import Edit, apply_edit_in_place, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.layers import paths_matching
 from compressor.pruning.allocation import multiples_of, uniform

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from compressor.artifact import Edit, TorchModel, apply_edits, load_weights, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import Edit, apply_edits
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
 from compressor.students import narrower
-from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork
+from networks import PlainNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")
 
@@ -60,15 +60,6 @@ def test_model_that_lost_layers_and_channels_reloads_in_a_fresh_process_with_equ
     assert torch.equal(logits_of_a_fresh_process(tmp_path, images), model.predict((images,)))
 
 
-def test_children_that_a_stack_keeps_are_renumbered_and_the_given_module_keeps_all():
-    relu = nn.ReLU()
-    stack = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 4))
-    edited = apply_edits(stack, (Edit(path="", children=("0", "1", "3", "4")),))
-    assert [name for name, _ in edited.named_children()] == ["0", "1", "3"]  # one ReLU stands in it twice
-    assert torch.equal(edited(torch.eye(4)), stack[4](relu(stack[0](torch.eye(4)))))
-    assert len(stack) == 5
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -89,17 +80,6 @@ def test_saved_edit_that_does_not_fit_the_factory_is_refused(tmp_path, edit, mes
     (tmp_path / "model.json").write_text(json.dumps({**recipe, "edits": [edit]}))
     with pytest.raises(InputError, match=message):
         TorchModel.load(tmp_path)
-
-
-@pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
-def test_edits_give_a_new_module_the_sizes_of_the_pruned_one(network, digits_task):
-    module = network().eval()
-    whole = TorchModel(module, Reference(factory="networks:PlainNetwork"))
-    smaller = narrower(whole, digits_task.example_inputs, width=0.5, round_to=4).module
-    rebuilt = apply_edits(network(), structural_edits(module, smaller))
-    rebuilt.load_state_dict(smaller.state_dict())
-    images = digits_task.test.inputs[0][:8]
-    assert torch.equal(rebuilt.eval()(images), smaller(images))
 
 
 def test_saved_model_holds_no_pickle(tmp_path):
@@ -137,50 +117,6 @@ def test_user_weights_load_from_safetensors_and_from_tensors_in_a_pt_file(tmp_pa
     assert "weights_file" not in model.factory.arguments
 
 
-class Exploit:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploited"),))
-
-
-@pytest.mark.parametrize("content", [Exploit(), PlainNetwork()])
-def test_pickled_objects_are_refused_and_never_run(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    torch.save(content, "weights.pt")
-    with pytest.raises(InputError, match="tensors only"):
-        load_weights(PlainNetwork(), Path("weights.pt"))
-    assert not Path("exploited").exists()
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not a weights file", b"\xff" * 4096])
-def test_damaged_weights_are_an_input_error(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=name):
-        load_weights(PlainNetwork(), tmp_path / name)
-
-
-def test_missing_weights_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="nothing"):
-        load_weights(PlainNetwork(), tmp_path / "nothing.pt")
-
-
-def test_tensors_that_do_not_fit_are_listed(tmp_path):
-    state = PlainNetwork().state_dict()
-    state["extra.weight"] = torch.zeros(1)
-    state["fc2.bias"] = torch.zeros(5)
-    del state["conv1.weight"]
-    save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(InputError) as refusal:
-        load_weights(PlainNetwork(), tmp_path / "weights.safetensors")
-    for part in ("1 missing: conv1.weight", "1 unexpected: extra.weight", "fc2.bias (5,) instead of (10,)"):
-        assert part in str(refusal.value)
-
-
-def test_edits_refuse_modules_of_another_structure():
-    with pytest.raises(StageError, match="same submodules"):
-        structural_edits(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Conv1d(2, 2, 1)))
-
-
 def test_stored_model_may_only_name_a_factory_that_is_expected(tmp_path):
     TorchModel.build(PLAIN, seed=0).save(tmp_path)
     recipe = (tmp_path / "model.json").read_text()
@@ -193,20 +129,6 @@ def test_moved_paths_of_a_factory_are_those_of_the_pipeline(tmp_path):
     reference = Reference(factory="networks:PlainNetwork", weights_file=str(tmp_path / "gone.safetensors"))
     TorchModel.build(PLAIN, seed=0).save(tmp_path)
     assert TorchModel.load(tmp_path, among=[reference]).factory == PLAIN
-
-
-class UnsavedBuffer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(64, 16)
-        self.register_buffer("scale", torch.ones(16), persistent=False)
-
-
-def test_resized_buffer_that_is_not_saved_is_refused():
-    smaller = UnsavedBuffer()
-    smaller.scale = torch.ones(8)
-    with pytest.raises(StageError, match="scale has persistent=False"):
-        structural_edits(UnsavedBuffer(), smaller)
 
 
 def sparse(reference: Reference = PLAIN, **zeros: int) -> TorchModel:

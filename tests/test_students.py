@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.artifact import Edit, TorchModel, apply_edits, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import Edit, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
 from compressor.students import layers_kept, narrower, reborn, shallower

@@ -2,7 +2,8 @@
 
 import torch
 
-from compressor.artifact import Edit, TorchModel, apply_edits, is_conv1d
+from compressor.artifact import TorchModel
+from compressor.edits import Edit, apply_edits, is_conv1d
 from compressor.errors import StageError
 from compressor.layers import shared_parameters
 

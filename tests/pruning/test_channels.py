@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from compressor.artifact import TorchModel, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import structural_edits
 from compressor.errors import InputError, StageError
 from compressor.export import to_onnx
 from compressor.parity import FLOAT_TOLERANCE, relative_error

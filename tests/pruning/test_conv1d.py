@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as HuggingFaceConv1D
 
-from compressor.artifact import Edit, TorchModel, apply_edits, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import Edit, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
 from compressor.pruning.conv1d import with_linears

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor.artifact import TorchModel, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import structural_edits
 from compressor.errors import StageError
 from compressor.export import to_onnx
 from compressor.plugins import Reference

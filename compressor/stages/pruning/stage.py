@@ -9,7 +9,8 @@ from typing import Literal, Self, final
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressor.artifact import TorchModel, structural_edits
+from compressor.artifact import TorchModel
+from compressor.edits import structural_edits
 from compressor.processes import processes, told
 from compressor.pruning.allocation import (
     Allocation,

@@ -1,0 +1,53 @@
+"""Weights from a file into a module, which must have exactly these."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compressor.errors import InputError
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Load a state dict into `module`, in place, from `.safetensors`, or from `.pt`/`.pth` with `weights_only=True`.
+
+    Raises InputError if the file cannot be read safely or its names and shapes are not exactly the module's.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        msg = f"{file} must hold tensors only, but it holds other Python objects; save its state_dict as .safetensors"
+        raise InputError(msg) from error
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        msg = f"{file} must be a readable weights file (.safetensors or .pt): {error}"
+        raise InputError(msg) from error
+    if not isinstance(state, Mapping):
+        msg = f"{file} must hold a state dict, a mapping of names to tensors, got {type(state).__name__}"
+        raise InputError(msg)
+    _check_names_and_shapes(module, state, file)
+    module.load_state_dict(state, strict=False)
+
+
+def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    wanted = module.state_dict()
+    # safetensors stores a tensor that two modules share once, under one of its names
+    stored = {tensor.data_ptr() for name, tensor in wanted.items() if name in state}
+    missing = [name for name, tensor in wanted.items() if name not in state and tensor.data_ptr() not in stored]
+    unexpected = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in faults.items() if names]
+    if listed:
+        msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has " + "; ".join(listed)
+        raise InputError(msg)
