@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compressor.latency import time_models
 from compressor.onnx_inputs import random_inputs
 from compressor.report.environment import environment
-from compressor.report.records import Latency
+from compressor.report.measurements import Latency
 from compressor.runtime import open_session
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"

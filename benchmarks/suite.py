@@ -35,7 +35,8 @@ from compressor.report.environment import environment
 from compressor.report.figures import compared_size, count, factor, size, speed
 from compressor.report.json import read_report, to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import Latency, Report
+from compressor.report.measurements import Latency
+from compressor.report.records import Report
 
 RESULTS, RUNS = ROOT / "benchmarks" / "results", ROOT / "runs" / "headline"
 README, BEGIN, END = ROOT / "README.md", "<!-- results:begin -->", "<!-- results:end -->"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from compressor.errors import InputError
 from compressor.onnx_inputs import Array, arranged, described, random_inputs, signature
-from compressor.report.records import Interval, Latency, LatencySession
+from compressor.report.measurements import Interval, Latency, LatencySession
 from compressor.runtime import ERRORS, open_session
 
 _Times: TypeAlias = NDArray[np.int64]

@@ -14,7 +14,7 @@ from compressor.artifact import OnnxModel
 from compressor.errors import StageError
 from compressor.onnx_facts import read_facts
 from compressor.quality import Predictions, is_classification
-from compressor.report.records import Measurement
+from compressor.report.measurements import Measurement
 from compressor.task import EVALUATION_BATCH, Split, Task, batches, evaluate_outputs
 
 _Pair: TypeAlias = tuple[Tensor, Tensor]

@@ -32,17 +32,10 @@ from compressor.report.environment import environment
 from compressor.report.gate import exit_code, judge
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
+from compressor.report.measurements import Measurement, MetricInfo
 from compressor.report.page import to_html
-from compressor.report.records import (
-    Measurement,
-    MetricInfo,
-    Preparation,
-    Quantization,
-    Reached,
-    Report,
-    Row,
-    Sensitivity,
-)
+from compressor.report.quantization import Quantization
+from compressor.report.records import Preparation, Reached, Report, Row, Sensitivity
 from compressor.stage import StageContext
 from compressor.store import Entry, Store
 from compressor.task import Task

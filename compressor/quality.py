@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.report.records import ClassFall, Fidelity, Quality, SampleFall
+from compressor.report.measurements import ClassFall, Fidelity, Quality, SampleFall
 
 Logits: TypeAlias = NDArray[np.floating[Any]]
 Targets: TypeAlias = NDArray[np.integer[Any]]

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compressor.artifact import Artifact, TorchModel
-from compressor.report.records import Quantization
+from compressor.report.quantization import Quantization
 from compressor.task import Task
 
 In = TypeVar("In", bound=Artifact, contravariant=True)

@@ -20,7 +20,7 @@ from compressor.latency import (
     untimed_calls,
     visits,
 )
-from compressor.report.records import Interval
+from compressor.report.measurements import Interval
 from onnx_files import convolutions, save
 
 

@@ -17,7 +17,8 @@ from compressor.processes import gathered, processes
 from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
-from compressor.report.records import GroupCurve, MetricInfo, Sensitivity
+from compressor.report.measurements import MetricInfo
+from compressor.report.records import GroupCurve, Sensitivity
 from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, gather
 
 _LEAST_SLOPE = 1e-6

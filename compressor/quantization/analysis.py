@@ -9,7 +9,7 @@ from compressor.parity import spread
 from compressor.quantization.calibration import observed
 from compressor.quantization.codes import CODES, Affine
 from compressor.quantization.int8_model import Int8Model, predict, ratio_db, rounded
-from compressor.report.records import Histogram, LayerNoise
+from compressor.report.quantization import Histogram, LayerNoise
 from compressor.task import Batch, Task, evaluate_outputs, gather
 
 SAMPLES = 256

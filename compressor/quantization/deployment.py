@@ -20,7 +20,8 @@ from compressor.parity import FLOAT_TOLERANCE
 from compressor.quantization.codes import CODES
 from compressor.quantization.graph import arguments, copied
 from compressor.quantization.int8_model import Int8Model, predict, ratio_db
-from compressor.report.records import Deployment, MetricInfo
+from compressor.report.measurements import MetricInfo
+from compressor.report.quantization import Deployment
 from compressor.runtime import open_session
 from compressor.task import EVALUATION_BATCH, Inputs, Metric, Task, gather
 

@@ -14,7 +14,7 @@ from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
 from compressor.report.int8 import worst_first
 from compressor.report.limit import at_most
-from compressor.report.records import Deployment, Fallback, LayerNoise, PutBack
+from compressor.report.quantization import Deployment, Fallback, LayerNoise, PutBack
 from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather
 
 Quantize: TypeAlias = Callable[[Collection[str], Collection[str]], Int8Model]

@@ -21,7 +21,7 @@ from compressor.quantization.conversion import affine_of, converted, rounded_wei
 from compressor.quantization.graph import arguments, is_parameter, shape
 from compressor.quantization.kernels import Kernel, kernels, traceable
 from compressor.quantization.plan import CLIPS, Plan, plan_int8
-from compressor.report.records import Latency
+from compressor.report.measurements import Latency
 from compressor.task import Task
 
 _SAMPLES = 8

@@ -3,20 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from compressor.report.figures import compared_size, facts, milliseconds, printable, size, speed
 from compressor.report.layout import aligned, markdown_bullets, markdown_table
-from compressor.report.records import Latency, LatencySession
+from compressor.report.measurements import Latency, LatencySession, Record
 from compressor.report.remarks import conditions
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
 
-
-class Candidate(BaseModel):
+class Candidate(Record):
     """One ONNX file."""
-
-    model_config = _FROZEN
 
     name: str
     """Of the file, after as many of its directories as tell it from the others."""
@@ -32,10 +28,8 @@ class Candidate(BaseModel):
     """Why parameters or MACs are None."""
 
 
-class Timing(BaseModel):
+class Timing(Record):
     """All files timed side by side with one batch and one number of threads."""
-
-    model_config = _FROZEN
 
     inputs: Mapping[str, str]
     """Type and shape of each input, by its name in the baseline."""
@@ -44,10 +38,8 @@ class Timing(BaseModel):
     session: LatencySession
 
 
-class Benchmark(BaseModel):
+class Benchmark(Record):
     """Everything a benchmark found. `candidates[0]` is the baseline."""
-
-    model_config = _FROZEN
 
     schema_version: Literal[1] = 1
     candidates: tuple[Candidate, ...] = Field(min_length=1)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeAlias, final
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.report.limit import Limit, percent, undecidable
-from compressor.report.records import Interval, Latency, Level, Measurement, Report, Verdict
+from compressor.report.measurements import Interval, Latency, Measurement
+from compressor.report.records import Level, Report, Verdict
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 

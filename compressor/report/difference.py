@@ -8,8 +8,9 @@ from typing import Any, TypeAlias, final
 
 from compressor.report.figures import change, printable, speed, value
 from compressor.report.layout import escape, markdown_bullets
+from compressor.report.measurements import MetricInfo
 from compressor.report.quality import fidelity_figures, quality_figures
-from compressor.report.records import MetricInfo, Report, Row
+from compressor.report.records import Report, Row
 
 _Texts: TypeAlias = Mapping[str, str]
 """What is compared, by name, each written so that equal texts are no change."""

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report.records import Latency, MetricInfo
+from compressor.report.measurements import Latency, MetricInfo
 
 
 def printable(text: str) -> str:

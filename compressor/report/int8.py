@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from compressor.report.figures import change, share, times, value
-from compressor.report.records import Deployment, Fallback, Histogram, LayerNoise, Quantization
+from compressor.report.quantization import Deployment, Fallback, Histogram, LayerNoise, Quantization
 
 MOST_LAYERS = 20
 """A table shows so many, those that make most noise; JSON has all."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from compressor.report.figures import factor
-from compressor.report.records import Interval, Latency, Level, Verdict
+from compressor.report.measurements import Interval, Latency
+from compressor.report.records import Level, Verdict
 
 _BIAS_TOLERANCE = 0.02
 """How far the baseline timed against itself may surely lie from 1 before the session proves nothing."""

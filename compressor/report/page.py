@@ -14,7 +14,8 @@ from compressor.report.figures import facts, printable
 from compressor.report.gate import sentence
 from compressor.report.int8 import described, outcome
 from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
-from compressor.report.records import Quantization, Report, Verdict
+from compressor.report.quantization import Quantization
+from compressor.report.records import Report, Verdict
 from compressor.report.remarks import headline, method, readiness, remarks, row_names
 from compressor.report.reproduction import command, settings
 from compressor.report.table import cells

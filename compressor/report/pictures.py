@@ -9,8 +9,10 @@ from compressor.report import charts
 from compressor.report.drawings import Bar, Bars, Columns, Mark, Pair, Pairs, Picture, Plot, Tick
 from compressor.report.figures import change, compared_size, count, milliseconds, share, size, speed, value
 from compressor.report.int8 import MOST_LAYERS, decibels, layer_cells, shown_layers, worst_first
+from compressor.report.measurements import Latency, MetricInfo
 from compressor.report.quality import class_name
-from compressor.report.records import Histogram, Latency, MetricInfo, Quantization, Report, Row
+from compressor.report.quantization import Histogram, Quantization
+from compressor.report.records import Report, Row
 from compressor.report.remarks import row_names
 
 _Item = TypeVar("_Item")

@@ -1,7 +1,8 @@
 """What compression changed in a classifier, in tables and words: the delivered model beside the baseline."""
 
 from compressor.report.figures import printable, share
-from compressor.report.records import Fidelity, Quality, Report
+from compressor.report.measurements import Fidelity, Quality
+from compressor.report.records import Report
 
 _MEANINGS = (
     "top-k accuracy: share of samples whose class is among the k that the model finds most probable.",

@@ -1,278 +1,28 @@
-"""The facts of a run, as frozen records that read and write JSON."""
+"""The report of a run, as frozen records that read and write JSON."""
 
-import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # JSON has no such numbers
+from compressor.report.measurements import Fidelity, Latency, LatencySession, Measurement, MetricInfo, Quality, Record
+from compressor.report.quantization import Quantization
 
 Level: TypeAlias = Literal["off", "warn", "error"]
 """What comes of a limit that is not met or cannot be decided."""
 
-_Ratio: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e9)]
-"""Of two times; no two that were measured lie further apart, and its inverse is a number too."""
 
-
-class Measurement(BaseModel):
-    """What one model is, measured on its ONNX form under ONNX Runtime on the `test` split."""
-
-    model_config = _FROZEN
-
-    size_bytes: PositiveInt
-    """The file with its external data."""
-    transfer_bytes: PositiveInt
-    """The same bytes after gzip at level 9."""
-    parameters: int
-    """Stored weights and biases, without scales and zero points."""
-    nonzero: int
-    """Parameters that are not zero."""
-    macs: int
-    """Multiply-accumulates of convolutions and matrix products for one sample. Not a measure of speed."""
-    metrics: Mapping[str, float]
-    """Value by metric name, in the order of the task."""
-    samples: int
-    """Length of the test split."""
-
-
-class Quality(BaseModel):
-    """How good a classifier is on the `test` split, its outputs read as logits (N, C). Shares are in [0, 1]."""
-
-    model_config = _FROZEN
-
-    samples: int
-    """Samples of the test split that count: those with the target -100 do not."""
-    top_k: Mapping[int, float]
-    """Share of samples whose class is among the k most probable, by k: 1 and, with more than 5 classes, 5."""
-    macro_f1: float
-    """F1 score, mean over the classes that occur among targets or predictions."""
-    per_class_accuracy: tuple[float | None, ...] | None
-    """Share of each class's samples that are right; None for a class without samples. None with over 1000 classes."""
-    expected_calibration_error: float
-    """Mean distance between confidence and accuracy, 15 bins of equal width (Guo et al. 2017)."""
-
-
-class ClassFall(BaseModel):
-    """A class whose samples are right less often than with the baseline."""
-
-    model_config = _FROZEN
-
-    target: int
-    """Index of the class."""
-    samples: int
-    """Samples of this class in the test split."""
-    baseline_accuracy: float
-    accuracy: float
-
-
-class SampleFall(BaseModel):
-    """A test sample whose class is less probable than with the baseline."""
-
-    model_config = _FROZEN
-
-    index: int
-    """Position in the test split, from 0."""
-    target: int
-    """Index of its class."""
-    baseline_predicted: int
-    predicted: int
-    baseline_probability: float
-    """Probability that the baseline gave `target`."""
-    probability: float
-
-
-class Fidelity(BaseModel):
-    """How true a classifier stays to the baseline on the `test` split."""
-
-    model_config = _FROZEN
-
-    agreement: float
-    """Share of samples, in [0, 1], for which both models name the same class."""
-    kl_divergence: float
-    """KL(baseline ‖ model) of the class probabilities at temperature 1, mean over samples, in nats."""
-    worst_classes: tuple[ClassFall, ...]
-    """Up to ten classes whose accuracy fell, the largest fall first."""
-    worst_samples: tuple[SampleFall, ...]
-    """Up to ten samples whose class lost probability, the largest fall first."""
-
-
-class Interval(NamedTuple):
-    """A measured number > 0 and the ends of the interval that holds the true one."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half of the interval on the logarithmic scale: about the relative error, 0.01 = 1 %."""
-        return math.log(self.high / self.low) / 2
-
-
-class Latency(BaseModel):
-    """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
-
-    model_config = _FROZEN
-
-    p50_ms: PositiveFloat
-    """Median over all timed calls. Differs between machines and hours; compare `ratio` instead."""
-    ratio: _Ratio
-    """Baseline time / this model's time: 2.0 means twice as fast. Median of log-ratios, mean over rounds."""
-    ratio_low: _Ratio
-    """Lower end of the 95 % confidence interval of `ratio`, Student-t over rounds."""
-    ratio_high: _Ratio
-
-    @property
-    def interval(self) -> Interval:
-        """`ratio` with its ends."""
-        return Interval(self.ratio, self.ratio_low, self.ratio_high)
-
-
-class LatencySession(BaseModel):
-    """How the latencies of a report were taken, and how much of a difference the machine's noise makes."""
-
-    model_config = _FROZEN
-
-    batch_size: int
-    threads: int
-    rounds: int
-    calls: int
-    """Timed calls of each model, all rounds together."""
-    seconds: float
-    noise: Latency
-    """The baseline timed against a second session of itself: its interval is the noise floor."""
-
-
-class Reached(BaseModel):
+class Reached(Record):
     """What a setting asked of a stage, in numbers, and what came of it."""
-
-    model_config = _FROZEN
 
     setting: str
     asked: float
     achieved: float
 
 
-class MetricInfo(BaseModel):
-    """How to show and judge one metric."""
-
-    model_config = _FROZEN
-
-    name: str
-    unit: str
-    higher_is_better: bool
-
-
-class Deployment(BaseModel):
-    """A float model, its int8 graph in PyTorch (simulated) and the file under ONNX Runtime (deployed), side by side."""
-
-    model_config = _FROZEN
-
-    samples: int
-    """Of the validation split, evenly spaced, that each was run on."""
-    metric: MetricInfo
-    float_value: float
-    simulated_value: float
-    deployed_value: float
-    sqnr_db: float | None
-    """Power of the float outputs over that of what int8 changed in them, deployed; None if nothing did."""
-    difference: float
-    """Between simulated and deployed outputs, root mean square."""
-    tolerance: float
-    """The largest difference allowed: one quantum of the outputs."""
-    agreement: float | None
-    """Share of samples, in [0, 1], for which both name the same class; None for outputs that are no logits."""
-    departures: float | None
-    """Share of samples for which they do not although the logits of the two classes lie apart."""
-
-    @property
-    def drop(self) -> float:
-        """How much worse than the float model's the deployed metric is; negative where it is better."""
-        fall = self.float_value - self.deployed_value
-        return fall if self.metric.higher_is_better else -fall
-
-
-class Histogram(BaseModel):
-    """Values of an activation in the float model, beside the range that uint8 gives it."""
-
-    model_config = _FROZEN
-
-    low: float
-    """Where the range begins."""
-    high: float
-    counts: tuple[int, ...]
-    """Of values in bins of equal width from `low` to `high`."""
-    below: float
-    """Share of the values, in [0, 1], that are below `low` and clipped to it."""
-    above: float
-
-
-class LayerNoise(BaseModel):
-    """What int8 does to a layer, and the layer in int8 to the model, on validation samples."""
-
-    model_config = _FROZEN
-
-    layer: str
-    sqnr_db: float | None
-    """Of its outputs in the int8 model, with the noise of the layers before it; None if they are equal."""
-    alone_sqnr_db: float | None
-    """Of the model's outputs with this layer alone in int8."""
-    alone_value: float
-    """Of the metric with this layer alone in int8."""
-    histogram: Histogram | None
-    """Of its outputs; None if they are float."""
-
-
-class PutBack(BaseModel):
-    """A layer that went back to float, because the metric had fallen too far."""
-
-    model_config = _FROZEN
-
-    layer: str
-    weights: Literal["int8", "float"]
-    """Whether its weights are still stored as int8."""
-    drop: float
-    """How much worse than the float model's the simulated metric then was."""
-
-
-class Fallback(BaseModel):
-    """How layers went back to float until the fall of the metric was within a limit."""
-
-    model_config = _FROZEN
-
-    max_drop: float
-    stopped: Literal["reached", "time", "nothing left"]
-    """What ended the search: the limit holds, `max_minutes` are over, or no layer is left."""
-    steps: tuple[PutBack, ...]
-    """In the order in which they were tried; the model has the first `kept` of them."""
-    kept: int
-    before: Deployment
-    """All int8."""
-    added_bytes: int
-    """What the file grew by."""
-    latency_ratio: float
-    """Time of the model all in int8 / time of this one: 0.8 means that it is slower by a quarter."""
-
-
-class Quantization(BaseModel):
-    """What int8 did to a model, measured on the `validation` split."""
-
-    model_config = _FROZEN
-
-    deployment: Deployment
-    layers: tuple[LayerNoise, ...] = ()
-    """In the order of the model; none unless it was analysed."""
-    layer_samples: int = 0
-    """Validation samples that `layers` were measured on."""
-    fallback: Fallback | None = None
-
-
-class Row(BaseModel):
+class Row(Record):
     """One model of the chain: what made it and what it is."""
-
-    model_config = _FROZEN
 
     stage: str
     settings: Mapping[str, Any]
@@ -300,10 +50,8 @@ class Row(BaseModel):
     """Output channels of each layer with weights, by path; none for a model that is an ONNX file."""
 
 
-class Preparation(BaseModel):
+class Preparation(Record):
     """A stage that kept the model and added something to it, such as soft labels."""
-
-    model_config = _FROZEN
 
     stage: str
     settings: Mapping[str, Any]
@@ -312,10 +60,8 @@ class Preparation(BaseModel):
     reused: bool
 
 
-class GroupCurve(BaseModel):
+class GroupCurve(Record):
     """The value of a metric as one group of coupled layers loses channels, and no other does."""
-
-    model_config = _FROZEN
 
     channels: PositiveInt
     """Of the uncut group."""
@@ -323,13 +69,11 @@ class GroupCurve(BaseModel):
     """One for each ratio."""
 
 
-class Sensitivity(BaseModel):
+class Sensitivity(Record):
     """How much each group of a model matters: a metric on the `validation` split while that group alone is cut.
 
     The channels with the smallest scores leave; nothing is trained again.
     """
-
-    model_config = _FROZEN
 
     schema_version: Literal[1] = 1
     model: str
@@ -360,10 +104,8 @@ class Sensitivity(BaseModel):
         return tuple(sign * (self.value - found) for found in self.groups[path].values)
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """One limit of a gate and what became of it."""
-
-    model_config = _FROZEN
 
     metric: str
     limit: str
@@ -375,10 +117,8 @@ class Verdict(BaseModel):
     """What comes of it unless it is met: a warning, or an exit code. Those that are `off` are not told."""
 
 
-class Report(BaseModel):
+class Report(Record):
     """Everything a run found. `rows[0]` is the baseline; the last row is what the run delivers."""
-
-    model_config = _FROZEN
 
     schema_version: Literal[1] = 1
     pipeline: str

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from compressor.report.figures import change, compared_size, count, milliseconds, printable, size, speed, times, value
-from compressor.report.records import Latency, LatencySession, MetricInfo, Preparation, Report, Row
+from compressor.report.measurements import Latency, LatencySession, MetricInfo
+from compressor.report.records import Preparation, Report, Row
 
 _MANY_ZEROS = 0.1
 """Share of the parameters from which on zeros are worth a sentence: a few biases or codes are zero in many models."""

@@ -15,7 +15,7 @@ from compressor.quantization.graph import float_graph, folded
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.plan import plan_int8
 from compressor.report.int8 import worst_first
-from compressor.report.records import LayerNoise
+from compressor.report.quantization import LayerNoise
 from compressor.task import accuracy, evaluate
 
 

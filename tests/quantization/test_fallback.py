@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor import OnnxModel, StageContext, Task, TorchModel
 from compressor.errors import InputError, StageError
 from compressor.plugins import Reference
-from compressor.report.records import Quantization
+from compressor.report.quantization import Quantization
 from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.task import accuracy, evaluate
 from tests.models import BranchingNetwork, SingularNetwork

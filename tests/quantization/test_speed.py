@@ -18,7 +18,7 @@ from compressor.quantization.graph import float_graph, folded
 from compressor.quantization.kernels import Kernel, kernels, traceable
 from compressor.quantization.plan import Plan, plan_int8
 from compressor.quantization.speed import Choice, index_of_fastest, islands
-from compressor.report.records import Latency
+from compressor.report.measurements import Latency
 from compressor.stages.quantization.ptq import Int8Ptq
 from tests.models import SequenceNetwork
 from tests.networks import PlainNetwork, ResidualNetwork

@@ -5,18 +5,9 @@ from collections.abc import Callable
 
 from example_report import deployment, fidelity, latency, prepared, quality, report, row
 
-from compressor.report.records import (
-    Fallback,
-    Histogram,
-    LayerNoise,
-    MetricInfo,
-    PutBack,
-    Quantization,
-    Reached,
-    Report,
-    Row,
-    Verdict,
-)
+from compressor.report.measurements import MetricInfo
+from compressor.report.quantization import Fallback, Histogram, LayerNoise, PutBack, Quantization
+from compressor.report.records import Reached, Report, Row, Verdict
 
 VERDICTS = (
     Verdict(metric="size_ratio", limit=">= 2", status="met", message="size_ratio is 5"),

@@ -1,20 +1,17 @@
 """Reports to judge and to show: a chain of four rows, whose figures a test changes one at a time."""
 
-from compressor.report.records import (
+from compressor.report.measurements import (
     ClassFall,
-    Deployment,
     Fidelity,
     Latency,
     LatencySession,
     Measurement,
     MetricInfo,
-    Preparation,
     Quality,
-    Report,
-    Row,
     SampleFall,
-    Verdict,
 )
+from compressor.report.quantization import Deployment
+from compressor.report.records import Preparation, Report, Row, Verdict
 
 ACCURACY = MetricInfo(name="accuracy", unit="%", higher_is_better=True)
 LOSS = MetricInfo(name="loss", unit="nats", higher_is_better=False)

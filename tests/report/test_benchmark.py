@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from compressor.report.benchmark import Benchmark, Candidate, Timing, to_markdown, to_table
 from compressor.report.json import to_json
-from compressor.report.records import LatencySession
+from compressor.report.measurements import LatencySession
 
 
 def candidate(name: str, size_bytes: int, *, macs: int | None = 1_000_000) -> Candidate:

@@ -5,14 +5,8 @@ from example_report import deployment, report, row
 from compressor.report.int8 import MOST_LAYERS, described, layer_cells, outcome
 from compressor.report.json import read_report, to_json
 from compressor.report.markdown import to_markdown
-from compressor.report.records import (
-    Fallback,
-    Histogram,
-    LayerNoise,
-    PutBack,
-    Quantization,
-    Report,
-)
+from compressor.report.quantization import Fallback, Histogram, LayerNoise, PutBack, Quantization
+from compressor.report.records import Report
 
 
 def layer(number: int, alone_sqnr_db: float | None) -> LayerNoise:

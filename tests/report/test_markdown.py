@@ -8,7 +8,8 @@ from example_report import chain, classifiers, fidelity, latency, prepared, repo
 
 from compressor.report.layout import escape
 from compressor.report.markdown import to_markdown
-from compressor.report.records import MetricInfo, Verdict
+from compressor.report.measurements import MetricInfo
+from compressor.report.records import Verdict
 from compressor.report.remarks import remarks
 
 

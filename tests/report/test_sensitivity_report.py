@@ -3,7 +3,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from pydantic import ValidationError
 
-from compressor.report.records import GroupCurve, MetricInfo, Sensitivity
+from compressor.report.measurements import MetricInfo
+from compressor.report.records import GroupCurve, Sensitivity
 from compressor.report.sensitivity import to_markdown, to_svg, to_table
 
 SVG = "{http://www.w3.org/2000/svg}"

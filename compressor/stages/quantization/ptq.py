@@ -24,7 +24,7 @@ from compressor.quantization.speed import fastest, islands, listed
 from compressor.quantization.targets import TARGETS, TargetName
 from compressor.report.int8 import described, outcome
 from compressor.report.limit import at_most
-from compressor.report.records import Quantization
+from compressor.report.quantization import Quantization
 from compressor.stage import Stage, StageContext
 from compressor.stages.quantization.planning import chosen, planned
 from compressor.task import Task

@@ -25,7 +25,7 @@ from compressor.quantization.ranges import RangeMethod
 from compressor.quantization.simulation import followed_ranges, simulated
 from compressor.quantization.targets import TARGETS, TargetName
 from compressor.report.int8 import described
-from compressor.report.records import Quantization
+from compressor.report.quantization import Quantization
 from compressor.stage import Stage, StageContext
 from compressor.stages.quantization.planning import chosen, planned
 from compressor.task import Task
