@@ -99,32 +99,36 @@ def main() -> None:
     print(tables(result))
 
 
-def compressed(file: Path, runs: Path, overrides: Mapping[str, object]) -> Report:
-    """Report of a pipeline file, whose stages are taken from `runs` where they are there."""
+def compressed(name: str, file: Path, runs: Path, overrides: Mapping[str, object]) -> Report:
+    """Report of a pipeline file, whose stages are taken from `runs` where they are there; `name` is for its log."""
     search = os.pathsep.join([str(ROOT), str(ROOT / "pipelines"), os.environ.get("PYTHONPATH", "")])
     settings = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
-    finished = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "compressor", "run", str(file), "--runs", str(runs), "--device", "cpu", *settings],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search},
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    if finished.returncode not in (0, 3, 4):  # an unmet gate is a result too
-        msg = f"compress run {file} ended with {finished.returncode}"
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # of several pipelines at once
+            print(f"{name}: {line}", end="", file=sys.stderr, flush=True)
+    if process.returncode not in (0, 3, 4):  # an unmet gate is a result too
+        msg = f"compress run {file} ended with {process.returncode}"
         raise RuntimeError(msg)
     return read_report(runs / file.stem / "report.json")
 
 
 def digits_report() -> Report:
     """The demo."""
-    return compressed(ROOT / "pipelines" / "digits.yaml", RUNS, {})
+    return compressed("digits", ROOT / "pipelines" / "digits.yaml", RUNS, {})
 
 
 def mnist_report(name: str, seed: int, places: Mapping[str, str]) -> Report:
     """One of the pipelines of MNIST."""
     overrides = {"seed": seed, "task.data_dir": places["mnist_dir"]}
-    return compressed(ROOT / "pipelines" / f"{name}.yaml", RUNS / f"seed{seed}", overrides)
+    return compressed(f"{name} {seed}", ROOT / "pipelines" / f"{name}.yaml", RUNS / f"seed{seed}", overrides)
 
 
 def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
@@ -147,7 +151,7 @@ def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
     }
     if "distillation" in names:
         overrides[f"stages.{names.index('distillation')}.student.weights_path"] = weights.format("resnet20")
-    report = compressed(file, runs, overrides)
+    report = compressed(f"cifar10 {seed} {chain}", file, runs, overrides)
     shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept / "model.onnx")
     return report
 
@@ -292,7 +296,7 @@ def mean(shares: Sequence[float]) -> str:
 
 
 def least_and_most(ratios: Sequence[float]) -> str:
-    """The smallest and the largest of some ratios, or one where three digits do not tell them apart."""
+    """The smallest and the largest of some ratios, or one figure where both are written alike."""
     return " to ".join(dict.fromkeys(f"{factor(ratio)}x" for ratio in (min(ratios), max(ratios))))
 
 

@@ -20,8 +20,7 @@ from compressor.errors import InputError, StageError
 from compressor.onnx_reading import external_files, load_graph
 from compressor.plugins import Reference, is_path
 from compressor.report import sensitivity as sensitivity_file
-from compressor.report.records import Sensitivity
-from compressor.report.sensitivity import read_sensitivity
+from compressor.report.sensitivity import Sensitivity, read_sensitivity
 from compressor.runtime import ERRORS, open_session
 from compressor.soft_labels import SoftLabels
 from compressor.task import Inputs

@@ -158,11 +158,13 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
     from compressor.report.layout import escape, markdown_bullets
 
     allowed = load_budget(budget) if budget else Budget()
+    name = str(report)
     try:
-        found, earlier = read_report(report), read_report(baseline)
-        name, verdicts = found.pipeline, compare(allowed, found, earlier)
+        found = read_report(report)
+        name = found.pipeline
+        verdicts = compare(allowed, found, read_report(baseline))
     except InputError as error:
-        name, verdicts = str(report), (incomparable(str(error)),)
+        verdicts = (incomparable(str(error)),)
     code = exit_code(verdicts)
     sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
     if as_json:

@@ -100,6 +100,18 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and len(weight) == 2 and shapes == {"weight": weight, "bias": weight[1:]}
 
 
+def name_after(name: str, edits: tuple[Edit, ...]) -> str | None:
+    """Name of a parameter after stacks lost children, which are counted anew; None if it went with them."""
+    for edit in edits:
+        prefix = f"{edit.path}." if edit.path else ""
+        if edit.children is not None and name.startswith(prefix):
+            child, _, rest = name.removeprefix(prefix).partition(".")
+            if child not in edit.children:
+                return None
+            name = f"{prefix}{edit.children.index(child)}.{rest}"
+    return name
+
+
 def _become_linear_in_place(module: nn.Module, path: str) -> nn.Linear:
     conv1d = module.get_submodule(path)
     if not is_conv1d(conv1d) or not path:
@@ -130,18 +142,6 @@ def _keep_children_in_place(stack: nn.Module, path: str, names: tuple[str, ...])
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return {name: tuple(tensor.shape) for name, tensor in tensors}
-
-
-def name_after(name: str, edits: tuple[Edit, ...]) -> str | None:
-    """Name of a parameter after stacks lost children, which are counted anew; None if it went with them."""
-    for edit in edits:
-        prefix = f"{edit.path}." if edit.path else ""
-        if edit.children is not None and name.startswith(prefix):
-            child, _, rest = name.removeprefix(prefix).partition(".")
-            if child not in edit.children:
-                return None
-            name = f"{prefix}{edit.children.index(child)}.{rest}"
-    return name
 
 
 def _sizes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:

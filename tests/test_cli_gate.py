@@ -110,6 +110,10 @@ def test_what_is_at_level_warn_is_told_and_exits_0(larger, tmp_path):
             lambda document: document["latency_session"]["noise"].update(ratio_low=0.0),
             "noise.ratio_low: Input should be greater than or equal to",
         ),
+        (
+            lambda document: document["rows"][-1]["measurement"].update(size_bytes=10**310),
+            "size_bytes: Input should be less than or equal to",
+        ),
     ],
 )
 def test_a_baseline_that_cannot_be_compared_with_exits_4(changed, change, reason):
@@ -131,13 +135,28 @@ def test_a_missing_baseline_exits_4_whatever_the_budget(tmp_path):
     ("change", "reason"),
     [
         (lambda document: document.update(schema_version=2), "report.json must have schema_version 1, got 2"),
-        (lambda document: document.pop("rows"), "rows: Field required"),
+        (lambda document: document.update(schema_version=True), "must have schema_version 1, got True"),
+        (lambda document: document.update(schema_version="2" * 9999), "must have schema_version 1, got '22"),
+        (lambda document: document.pop("rows"), "run it again. Found: rows: Field required"),
+        (
+            lambda document: document["rows"][-1]["measurement"].update(size_bytes=10**310),
+            "size_bytes: Input should be less than or equal to",
+        ),
+        (
+            lambda document: document["rows"][-1]["latency"].update(p50_ms=5e-324),
+            "latency.p50_ms: Input should be greater than or equal to",
+        ),
+        (
+            lambda document: document["rows"][0]["latency"].update(p50_ms=1e308),
+            "latency.p50_ms: Input should be less than or equal to",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_read_exits_4(changed, change, reason):
     finished = gate(changed(change))
     assert (finished.returncode, finished.stderr) == (4, "")
     assert reason in finished.stdout
+    assert len(finished.stdout) < 1000
 
 
 def test_a_missing_report_exits_4_and_is_told_in_the_junit_xml(tmp_path):
@@ -147,6 +166,13 @@ def test_a_missing_report_exits_4_and_is_told_in_the_junit_xml(tmp_path):
     (case,) = suite
     assert (case.get("classname"), case.get("name")) == (str(tmp_path / "none.json"), "reports")
     assert "No such file or directory" in ElementTree.tostring(case, "unicode")
+
+
+def test_a_missing_baseline_leaves_the_name_of_the_pipeline_in_the_junit_xml(tmp_path):
+    finished = gate(REPORT, "--junit", tmp_path / "gate.xml", baseline=tmp_path / "none.json")
+    assert finished.returncode == 4
+    (suite,) = ElementTree.parse(tmp_path / "gate.xml").getroot()
+    assert [case.get("classname") for case in suite] == ["digits"]
 
 
 def test_a_budget_with_a_typo_exits_2_with_its_place(tmp_path):

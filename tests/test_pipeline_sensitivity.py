@@ -14,8 +14,7 @@ from compressor.errors import ConfigError
 from compressor.pipeline import run, run_sensitivity
 from compressor.plan import forecast, up_to_sensitivity
 from compressor.plugins import beside
-from compressor.report.records import Sensitivity
-from compressor.report.sensitivity import read_sensitivity
+from compressor.report.sensitivity import Sensitivity, read_sensitivity
 from compressor.store import Store
 
 CODE = """

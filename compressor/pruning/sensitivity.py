@@ -18,7 +18,7 @@ from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
 from compressor.report.measurements import MetricInfo
-from compressor.report.records import GroupCurve, Sensitivity
+from compressor.report.sensitivity import GroupCurve, Sensitivity
 from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, gather
 
 _LEAST_SLOPE = 1e-6

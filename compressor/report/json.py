@@ -1,5 +1,6 @@
 """A report or a benchmark as JSON text, and a report back."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,20 @@ def read_report(path: Path) -> Report:
         text = path.read_bytes()
         written = _Header.model_validate_json(text).schema_version
         ours = Report.model_fields["schema_version"].default
-        if written != ours:
-            msg = f"{path} must have schema_version {ours}, got {written!r}; read it with the release that wrote it"
+        if type(written) is not int or written != ours:  # True and 1.0 equal 1
+            got = reprlib.repr(written)
+            msg = f"{path} must have schema_version {ours}, got {got}; read it with the release that wrote it"
             raise InputError(msg)
         return Report.model_validate_json(text, strict=True)
     except OSError as error:
         msg = f"{path} must be a readable report: {error.strerror}; `compress run` writes one"
         raise InputError(msg) from error
     except ValidationError as error:
-        msg = f"{path} must be a report as `compress run` writes it; run it again. Found:{_faults(error)}"
+        msg = f"{path} must be a report as `compress run` writes it; run it again. Found: {_faults(error)}"
         raise InputError(msg) from error
 
 
 def _faults(error: ValidationError, most: int = 5) -> str:
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [f"\n  {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults[:most]]
-    return "".join(lines) + (f"\n  and {len(faults) - most} more" if len(faults) > most else "")
+    told = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults[:most]]
+    return "; ".join(told) + (f"; and {len(faults) - most} more" if len(faults) > most else "")

@@ -1,17 +1,22 @@
-"""What was measured of one model, as frozen records that read and write JSON."""
+"""What was measured of a model and of the machine, as frozen records; `Record` is the base of every record."""
 
 import math
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
+_MOST = 2**63 - 1
+Count: TypeAlias = Annotated[int, Field(ge=0, le=_MOST)]
+"""Of things in a model or a session; sums and ratios of such numbers are numbers of any kind."""
+Bytes: TypeAlias = Annotated[int, Field(ge=1, le=_MOST)]
+_Milliseconds: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e12)]
 _Ratio: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e9)]
 """Of two times; no two that were measured lie further apart, and its inverse is a number too."""
 
 
 class Record(BaseModel):
-    """Facts that are not changed, and that JSON holds as they are: it has no infinity and no NaN."""
+    """Facts that are not changed, by known names alone, and that JSON holds: it has no infinity and no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,19 +32,19 @@ class MetricInfo(Record):
 class Measurement(Record):
     """What one model is, measured on its ONNX form under ONNX Runtime on the `test` split."""
 
-    size_bytes: PositiveInt
+    size_bytes: Bytes
     """The file with its external data."""
-    transfer_bytes: PositiveInt
+    transfer_bytes: Bytes
     """The same bytes after gzip at level 9."""
-    parameters: int
+    parameters: Count
     """Stored weights and biases, without scales and zero points."""
-    nonzero: int
+    nonzero: Count
     """Parameters that are not zero."""
-    macs: int
+    macs: Count
     """Multiply-accumulates of convolutions and matrix products for one sample. Not a measure of speed."""
     metrics: Mapping[str, float]
     """Value by metric name, in the order of the task."""
-    samples: int
+    samples: Count
     """Length of the test split."""
 
 
@@ -97,7 +102,7 @@ class Fidelity(Record):
 
 
 class Interval(NamedTuple):
-    """A measured number > 0 and the ends of the interval that holds the true one."""
+    """A measured number > 0 and the ends of an interval for the true one."""
 
     value: float
     low: float
@@ -112,7 +117,7 @@ class Interval(NamedTuple):
 class Latency(Record):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
 
-    p50_ms: PositiveFloat
+    p50_ms: _Milliseconds
     """Median over all timed calls. Differs between machines and hours; compare `ratio` instead."""
     ratio: _Ratio
     """Baseline time / this model's time: 2.0 means twice as fast. Median of log-ratios, mean over rounds."""
@@ -129,10 +134,10 @@ class Latency(Record):
 class LatencySession(Record):
     """How the latencies of a report were taken, and how much of a difference the machine's noise makes."""
 
-    batch_size: int
-    threads: int
-    rounds: int
-    calls: int
+    batch_size: Count
+    threads: Count
+    rounds: Count
+    calls: Count
     """Timed calls of each model, all rounds together."""
     seconds: float
     noise: Latency

@@ -18,7 +18,7 @@ from compressor.pruning.sensitivity import (
     measure_sensitivity,
     ratios_by_sensitivity,
 )
-from compressor.report.records import GroupCurve
+from compressor.report.sensitivity import GroupCurve
 from compressor.stage import StageContext
 from compressor.stages.pruning.sensitivity import Sensitivity
 from compressor.stages.training import Training

@@ -4,8 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from compressor.report.measurements import MetricInfo
-from compressor.report.records import GroupCurve, Sensitivity
-from compressor.report.sensitivity import to_markdown, to_svg, to_table
+from compressor.report.sensitivity import GroupCurve, Sensitivity, to_markdown, to_svg, to_table
 
 SVG = "{http://www.w3.org/2000/svg}"
 LOSS = MetricInfo(name="loss", unit="nats", higher_is_better=False)
