@@ -114,10 +114,13 @@ def notes(found: Benchmark) -> list[str]:
     for timing in found.timings:
         inputs = ", ".join(f"{printable(name)} {shape}" for name, shape in timing.inputs.items())
         sessions.append(f"Latency: {conditions(timing.session)}, on {inputs}.")
-    noise = "The noise floor: what the baseline, timed once more, seems to gain."
+    method = (
+        "A ratio compares the fastest calls of each round, not the p50. The noise floor: what the baseline, timed once "
+        "more, seems to gain."
+    )
     uncounted = [
         f"{printable(one.name)} is not counted whole: {printable(one.uncounted)}"
         for one in found.candidates
         if one.uncounted is not None
     ]
-    return [*sessions, noise, *uncounted]
+    return [*sessions, method, *uncounted]

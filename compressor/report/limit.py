@@ -47,7 +47,7 @@ class Limit:
             reason = f", but {_self_comparison(noise)}: the timing is not to be trusted; {_CALMER}"
         elif worst < 0 <= best:
             reason = f": the interval straddles the limit; {_CALMER}"
-        elif sum(map(_amplitude, noise)) > (worst if worst >= 0 else -best):
+        elif sum(one.interval.distance for one in noise) > (worst if worst >= 0 else -best):
             reason = f", but {_self_comparison(noise)}: the limit is within the noise; {_CALMER}"
         elif worst >= 0:
             return self._verdict("met", f"{self.metric} is {_interval(found)}{context}")
@@ -101,11 +101,6 @@ def _ends(found: Interval, before: Interval | None) -> tuple[float, float]:
     if before is None:
         return found.low, found.high
     return found.low * before.value / before.high, found.high * before.value / before.low
-
-
-def _amplitude(noise: Latency) -> float:
-    """How far from 1 the machine's noise may move a ratio, as a natural logarithm."""
-    return max(abs(math.log(noise.ratio_low)), abs(math.log(noise.ratio_high)))
 
 
 def _bias(noise: Latency) -> float:

@@ -113,6 +113,11 @@ class Interval(NamedTuple):
         """Half of the interval on the logarithmic scale: about the relative error, 0.01 = 1 %."""
         return math.log(self.high / self.low) / 2
 
+    @property
+    def distance(self) -> float:
+        """How far from 1 the farther end lies, on the logarithmic scale: of a noise floor, the differences it makes."""
+        return max(abs(math.log(self.low)), abs(math.log(self.high)))
+
 
 class Latency(Record):
     """Time of one inference, and how it compares with the baseline timed beside it in the same session."""
@@ -120,7 +125,8 @@ class Latency(Record):
     p50_ms: _Milliseconds
     """Median over all timed calls. Differs between machines and hours; compare `ratio` instead."""
     ratio: _Ratio
-    """Baseline time / this model's time: 2.0 means twice as fast. Median of log-ratios, mean over rounds."""
+    """Baseline time / this model's time: 2.0 means twice as fast. Of the fastest calls of a round; geometric mean of
+    all rounds. Not the ratio of medians."""
     ratio_low: _Ratio
     """Lower end of the 95 % confidence interval of `ratio`, Student-t over rounds."""
     ratio_high: _Ratio

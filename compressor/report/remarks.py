@@ -1,11 +1,12 @@
 """What a report says in words: what was asked of a stage, where it lost, and how far the numbers can be trusted."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
 from compressor.report.figures import change, compared_size, count, milliseconds, printable, size, speed, times, value
-from compressor.report.measurements import Latency, LatencySession, MetricInfo
+from compressor.report.measurements import LatencySession, MetricInfo
 from compressor.report.records import Preparation, Report, Row
 
 _MANY_ZEROS = 0.1
@@ -106,14 +107,10 @@ def _slower(before: Row, after: Row, old: str, new: str, session: LatencySession
     if before.latency is None or after.latency is None or session is None:
         return
     surely = before.latency.ratio_low / after.latency.ratio_high
-    if surely > _noise(session.noise):
+    if math.log(surely) > session.noise.interval.distance:
         automatic = after.settings.get("keep_float", "auto") == "auto"
         advice = "" if automatic else "; with `keep_float: auto` layers that int8 makes slower compute in float"
         yield f"{new} is {times(after.latency.ratio / before.latency.ratio, 'faster', 'slower')} than {old}{advice}."
-
-
-def _noise(latency: Latency) -> float:
-    return max(latency.ratio_high, 1 / latency.ratio_low)
 
 
 def _idle_zeros(before: Row, after: Row, old: str, new: str, session: LatencySession | None) -> Iterator[str]:
@@ -147,7 +144,7 @@ def _lost_zeros(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
 def _speed_with_zeros(before: Row, after: Row, old: str, session: LatencySession | None) -> str:
     if before.latency is None or after.latency is None or session is None:
         return ""
-    faster = after.latency.ratio_low / before.latency.ratio_high > _noise(session.noise)
+    faster = math.log(after.latency.ratio_low / before.latency.ratio_high) > session.noise.interval.distance
     is_baseline = before.latency.ratio_low == before.latency.ratio_high
     return (
         f" It is {'faster' if faster else 'no faster'}; beside the baseline: {speed(after.latency)}"
