@@ -6,22 +6,21 @@ other work on the machine only ever adds.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from publish import publish
 
 from compressor.report.environment import environment
 from compressor.report.json import read_report
 
 ROOT = Path(__file__).parents[1]
-README, BEGIN, END = ROOT / "README.md", "<!-- cost:begin -->", "<!-- cost:end -->"
 IMAGES, TURNS = (12_500, 25_000, 50_000), 3
 _LEAST_SHOWN = 0.1
 
@@ -33,17 +32,11 @@ def main() -> None:
     data_dir = parser.parse_args().mnist_dir.resolve()
     turns = [{images: cost(data_dir, images) for images in IMAGES} for _ in range(TURNS)]
     result = {
-        "command": "python benchmarks/cost.py MNIST_DIR",
-        "date": datetime.now(UTC).date().isoformat(),
         "images": IMAGES,
         "turns": [[turn[images] for images in IMAGES] for turn in turns],
         "environment": environment(),
     }
-    (ROOT / "benchmarks" / "results" / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    publish("cost", "python benchmarks/cost.py MNIST_DIR", result, table)
 
 
 def cost(data_dir: Path, images: int) -> dict[str, Any]:

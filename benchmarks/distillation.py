@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
+from publish import publish
 
 from compressor.artifact import TorchModel
 from compressor.latency import t_quantile
@@ -42,7 +43,6 @@ from compressor.stages.distillation.stage import Distillation
 from compressor.stages.training import Training
 from compressor.task import Task, batches
 
-README, BEGIN, END = ROOT / "README.md", "<!-- distillation:begin -->", "<!-- distillation:end -->"
 EPOCHS, BATCH_SIZE, SAMPLES, LABELS = 20, 128, 9000, 500
 STUDENT = {"factory": "cifar10:resnet8"}
 COURSE = {"batch_size": BATCH_SIZE, "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}}
@@ -98,7 +98,6 @@ def main() -> None:
         for seed, job in jobs:
             found[seed] |= job.result()
     result = {
-        "command": "python benchmarks/distillation.py DATA_DIR WEIGHTS_FILE",
         "settings": SETTINGS,
         "steps": EPOCHS * (SAMPLES // BATCH_SIZE),
         "teacher_accuracy": found[0]["soft_labels"]["accuracy"],
@@ -106,11 +105,7 @@ def main() -> None:
         "methods": {name: summary(name, found) for name in METHODS},
         "environment": environment(),
     }
-    (ROOT / "benchmarks" / "results" / "distillation.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    publish("distillation", "python benchmarks/distillation.py DATA_DIR WEIGHTS_FILE", result, table)
 
 
 def run(seed: int, names: Sequence[str], data_dir: Path, weights_file: Path, kept: Path) -> dict[str, dict[str, float]]:

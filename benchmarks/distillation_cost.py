@@ -9,7 +9,6 @@ Memory: processes of their own write soft labels of 1,000 classes and two views 
 from them for one epoch, on data that lies on disk, at two sizes; the peak is that of memory which is not a mapped file.
 """
 
-import json
 import math
 import os
 import subprocess
@@ -29,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
+from publish import publish
 
 from compressor.artifact import TorchModel
 from compressor.latency import ratio_interval
@@ -69,7 +69,6 @@ def main() -> None:
     ratios = epoch_ratios(cifar10.task(data_dir), weights_file)
     memory = {size: peak_in_a_process(size) for size in SIZES}
     result = {
-        "command": "python benchmarks/distillation_cost.py DATA_DIR WEIGHTS_FILE",
         "epoch_over_plain_epoch": ratios,
         "rounds": ROUNDS,
         "steps_per_epoch": SAMPLES // 128,
@@ -86,7 +85,7 @@ def main() -> None:
         )
     for size, peak in memory.items():
         print(f"{size} samples: peak of {peak / 1e6:.1f} MB, soft labels of {2 * CLASSES * 2 * size / 1e6:.0f} MB")
-    (ROOT / "benchmarks" / "results" / "distillation_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish("distillation_cost", "python benchmarks/distillation_cost.py DATA_DIR WEIGHTS_FILE", result)
 
 
 def epoch_ratios(task: Task, weights_file: Path) -> dict[str, Mapping[str, object]]:

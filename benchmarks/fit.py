@@ -6,7 +6,6 @@ ratio over all rounds with its 95 % Student-t interval.
 """
 
 import copy
-import json
 import math
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[1] / "pipelines")]  # the example's model and data
 
 import digits
+from publish import publish
 
 from compressor.latency import ratio_interval
 from compressor.report.environment import environment
@@ -28,7 +28,6 @@ from compressor.task import Task, cross_entropy
 from compressor.training import LabelLoss, Optimizer, fit
 
 ROUNDS, EPOCHS, BATCH_SIZE = 15, 8, 64
-RESULT = Path(__file__).parent / "results" / "fit.json"
 
 
 def by_fit(module: nn.Module, task: Task) -> nn.Module:
@@ -87,15 +86,14 @@ def main() -> None:
         ratios.append(taken["by_fit"] / taken["by_hand"])
     interval = ratio_interval([math.log(ratio) for ratio in ratios])
     result = {
-        "command": "python benchmarks/fit.py",
         "fit_over_by_hand": interval.value,
         "interval_95": [interval.low, interval.high],
         "ratios": ratios,
         "steps_per_round": EPOCHS * (len(task.train) // BATCH_SIZE),
         "batch_size": BATCH_SIZE,
-        "environment": dict(environment()),
+        "environment": environment(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    publish("fit", "python benchmarks/fit.py", result)
     print(f"fit / by hand: {interval.value:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
 
 

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from publish import publish
 
 from compressor.latency import time_models
 from compressor.onnx_inputs import random_inputs
 from compressor.report.environment import environment
 from compressor.report.measurements import Latency
 from compressor.runtime import open_session
-
-RESULTS = Path(__file__).parent / "results" / "latency.json"
 
 
 def conv_net(path: Path, *layers: tuple[int, int]) -> Path:
@@ -235,12 +234,12 @@ def main() -> None:
             "spread": lambda: spread(models, repeats=10, hogs=0),
             "spread_with_hogs": lambda: spread(models, repeats=10, hogs=2),
         }
-        found: dict[str, Any] = {"command": "python benchmarks/latency.py", "environment": environment()}
+        found: dict[str, Any] = {"environment": environment()}
         for name in [only] if only else experiments:
             found[name] = {**experiments[name](), "load_average_after": os.getloadavg()}
             print(name, json.dumps(found[name], indent=1), flush=True)
     if not only:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        publish("latency", "python benchmarks/latency.py", found)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the largest difference, and the share of equal classes.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -22,10 +21,11 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the examples' data
 
+from publish import publish
+
 from compressor.report.environment import environment
 from quantization import task_of
 
-README, BEGIN, END = ROOT / "README.md", "<!-- portability:begin -->", "<!-- portability:end -->"
 NETWORKS = ("lenet5", "mobile", "resnet20")
 MAKERS = ("float32", "int8_ptq_portable", "int8_qat_portable", "int8_ptq_x86-vnni")
 IMAGES = 40
@@ -68,17 +68,8 @@ def main() -> None:
                 }
             )
     names = " ".join(f"'{machine.partition('=')[0]}=COMMAND'" for machine in arguments.machines)
-    result = {
-        "command": f"python benchmarks/portability.py MNIST_DIR CIFAR10_DIR {names}",
-        "images": IMAGES,
-        "rows": rows,
-        "environment": environment(),
-    }
-    (ROOT / "benchmarks" / "results" / "portability.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    result = {"images": IMAGES, "rows": rows, "environment": environment()}
+    publish("portability", f"python benchmarks/portability.py MNIST_DIR CIFAR10_DIR {names}", result, table)
 
 
 def logits(command: list[str], images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
+from publish import publish
 
 from compressor.artifact import TorchModel
 from compressor.edits import structural_edits
@@ -44,7 +45,6 @@ from compressor.stages.pruning.recovery import Recovery, recover
 from compressor.stages.pruning.stage import MagnitudePruning
 from compressor.task import Task
 
-README, BEGIN, END = ROOT / "README.md", "<!-- pruning:begin -->", "<!-- pruning:end -->"
 SEEDS, FACTORS, LATENCY_GOALS, GOAL_ROUND_TO = (0, 1, 2), (2, 3, 4), (2.0, 3.0), 4
 COURSE = {"epochs": 1, "batch_size": 64}
 GENTLE, FAST = ({"name": "sgd", "learning_rate": rate, "weight_decay": 5e-4} for rate in (0.005, 0.02))
@@ -95,7 +95,6 @@ def main() -> None:
     files |= {name: kept / f"{name}.onnx" for name in goals}
     times, session = time_models(tuple(files.values()), inputs=[task.example_inputs[0][:1].numpy()])
     result = {
-        "command": "python benchmarks/pruning.py CIFAR10_DIR WEIGHTS_FILE",
         "cut": CUT,
         "recoveries": RECOVERIES,
         "dense": facts(dense, task, kept / "dense.onnx"),
@@ -105,11 +104,7 @@ def main() -> None:
         "latency_session": session.model_dump(),
         "environment": environment(),
     }
-    (ROOT / "benchmarks" / "results" / "pruning.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    publish("pruning", "python benchmarks/pruning.py CIFAR10_DIR WEIGHTS_FILE", result, table)
 
 
 def prepared(seed: int, *, data_dir: Path, weights_file: Path, kept: Path) -> None:

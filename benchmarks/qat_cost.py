@@ -6,7 +6,6 @@ turns within one process. A round gives each one's time / that of the float mode
 rounds with its 95 % Student-t interval. No teacher runs, which would cost all of them the same.
 """
 
-import json
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[1] / "pipelines")]  # the example's model
 
 from cifar10 import ResNet
+from publish import publish
 
 from compressor.latency import ratio_interval
 from compressor.quantization.calibration import calibrate
@@ -31,7 +31,6 @@ from compressor.task import Samples, Task, cross_entropy
 from compressor.training import LabelLoss, Optimizer, fit
 
 ROUNDS, STEPS, BATCH_SIZE = 15, 4, 128
-RESULT = Path(__file__).parent / "results" / "qat_cost.json"
 
 
 def models(task: Task) -> dict[str, nn.Module]:
@@ -83,15 +82,14 @@ def main() -> None:
             values.append(taken[name] / taken["float"])
     intervals = {name: ratio_interval([math.log(ratio) for ratio in values]) for name, values in ratios.items()}
     result = {
-        "command": "python benchmarks/qat_cost.py",
         "over_float": {name: interval.value for name, interval in intervals.items()},
         "interval_95": {name: [interval.low, interval.high] for name, interval in intervals.items()},
         "ratios": ratios,
         "steps_per_round": STEPS,
         "batch_size": BATCH_SIZE,
-        "environment": dict(environment()),
+        "environment": environment(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    publish("qat_cost", "python benchmarks/qat_cost.py", result)
     for name, interval in intervals.items():
         print(f"{name} / float: {interval.value:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}")
 

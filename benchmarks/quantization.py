@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 import cifar10
 import digits
 import mnist
+from publish import publish
 
 from compressor.artifact import OnnxModel, TorchModel
 from compressor.export import to_onnx
@@ -46,7 +47,6 @@ from compressor.stages.quantization.qat import Int8Qat
 from compressor.stages.training import Training
 from compressor.task import Samples, Task, gather
 
-README, BEGIN, END = ROOT / "README.md", "<!-- quantization:begin -->", "<!-- quantization:end -->"
 NETWORKS = ("lenet5", "mobile", "resnet20", "resnet56")
 PRUNED = ("lenet5", "prunable_resnet56")
 TARGETS, RANGES = ("portable", "x86-vnni"), ("minmax", "moving_average", "entropy", "mse")
@@ -94,17 +94,13 @@ def main() -> None:
             rows += compared(name, directory, task, ours(pruned, task, reference=baseline, short=True))
     chosen = "" if len(arguments.only) == len(NETWORKS) + len(PRUNED) else f" --only {' '.join(arguments.only)}"
     result = {
-        "command": f"python benchmarks/quantization.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR{chosen}",
         "settings": SETTINGS,
         "calibration_samples": CALIBRATION_SAMPLES,
         "rows": rows,
         "environment": {**environment(), "nncf": nncf_version()},
     }
-    (ROOT / "benchmarks" / "results" / "quantization.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    command = f"python benchmarks/quantization.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR{chosen}"
+    publish("quantization", command, result, table)
 
 
 Make = Callable[[Path], OnnxModel]

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the examples' models and data
 
 import cifar10
 import mnist
+from publish import publish
 
 from compressor.artifact import OnnxModel, TorchModel
 from compressor.export import to_onnx
@@ -39,7 +40,6 @@ from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.training import Training
 from compressor.task import Task
 
-README, BEGIN, END = ROOT / "README.md", "<!-- sparsity:begin -->", "<!-- sparsity:end -->"
 SEEDS = (0, 1)
 LENETS, LENET_SPARSITIES = ("lenet_300_100", "lenet5"), (0.93, 0.96)
 REPORTED = {"lenet_300_100": {"fewer": 12, "smaller": 40}, "lenet5": {"fewer": 12, "smaller": 39}}
@@ -89,18 +89,13 @@ def main() -> None:
         found = [row for job in lenets for row in job.result()]
         allocations = [job.result() for job in resnet]
     result = {
-        "command": "python benchmarks/sparsity.py MNIST_DIR CIFAR10_DIR WEIGHTS_FILE",
         "settings": SETTINGS,
         "lenets": found,
         "reported_by_han_et_al": REPORTED,
         "resnet56": allocations,
         "environment": environment(),
     }
-    (ROOT / "benchmarks" / "results" / "sparsity.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    publish("sparsity", "python benchmarks/sparsity.py MNIST_DIR CIFAR10_DIR WEIGHTS_FILE", result, table)
 
 
 def lenet(seed: int, name: str, data_dir: Path, kept: Path) -> list[dict[str, Any]]:

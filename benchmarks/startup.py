@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+from publish import publish
+
 from compressor.report.environment import environment
 
 REPEATS = 5
-RESULT = Path(__file__).parent / "results" / "startup.json"
 PROBE = """
 import atexit, sys
 from compressor.cli import main
@@ -46,7 +47,7 @@ def main() -> None:
         "report": ["report", directory],
         "check": ["check", pipeline, "--runs", runs, *overrides],
     }
-    result: dict[str, object] = {"command": "python benchmarks/startup.py RUN_DIRECTORY PIPELINE"}
+    result: dict[str, object] = {}
     for name, arguments in commands.items():
         costs = [cost(arguments) for _ in range(REPEATS)]
         seconds = [cpu for cpu, _, _ in costs]
@@ -69,7 +70,8 @@ def main() -> None:
         "seconds_range": [min(beyond), max(beyond)],
     }
     print(f"cached run: {statistics.median(beyond):.2f} s beyond its latency session")
-    RESULT.write_text(json.dumps({**result, "environment": dict(environment())}, indent=1) + "\n")
+    command = "python benchmarks/startup.py RUN_DIRECTORY PIPELINE"
+    publish("startup", command, {**result, "environment": environment()})
 
 
 if __name__ == "__main__":

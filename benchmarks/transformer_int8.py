@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from publish import publish
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -24,8 +25,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-
-ROOT = Path(__file__).parents[1]
 
 from compressor.artifact import OnnxModel, TorchModel
 from compressor.export import to_onnx
@@ -37,7 +36,6 @@ from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.quantization.weight_only import WeightOnly
 from compressor.task import Samples, Task
 
-README, BEGIN, END = ROOT / "README.md", "<!-- transformers:begin -->", "<!-- transformers:end -->"
 WIDTH, BLOCKS, HEADS, TOKENS, VOCABULARY = 384, 6, 6, 128, 8192
 SIZES = {
     "hidden_size": WIDTH,
@@ -98,12 +96,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         rows = [row for name in NETWORKS for row in compared(name, Path(directory))]
-    result = {"command": "python benchmarks/transformer_int8.py", "rows": rows, "environment": environment()}
-    (ROOT / "benchmarks" / "results" / "transformer_int8.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-    print(table(result))
+    result = {"rows": rows, "environment": environment()}
+    publish("transformer_int8", "python benchmarks/transformer_int8.py", result, table)
 
 
 def compared(name: str, directory: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def script(monkeypatch):
-    """Import a script of benchmarks/ by its name."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    """Import a script of benchmarks/ by its name; what it imports from there and from pipelines/ is forgotten later."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    before = set(sys.modules)
 
     def load(name: str):
         spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"benchmarks/{name}.py")
@@ -19,18 +20,72 @@ def script(monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    return load
+    yield load
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent in (ROOT / "benchmarks", ROOT / "pipelines"):
+            del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "table", "result"), [("suite", "tables", "headline.json"), ("cost", "table", "cost.json")]
-)
+@pytest.mark.parametrize(("name", "table", "result"), [("suite", "tables", "headline.json")])
 def test_the_readme_states_the_committed_results(script, name, table, result):
     module = script(name)
     _, _, rest = (ROOT / "README.md").read_text().partition(module.BEGIN)
     written, _, _ = rest.partition(module.END)
     found = json.loads((ROOT / "benchmarks/results" / result).read_text())
     assert written.strip() == getattr(module, table)(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["cost", "distillation", "portability", "pruning", "quantization", "sparsity", "transformer_int8"]
+)
+def test_the_readme_has_the_table_of_the_committed_results(script, name):
+    readme = (ROOT / "README.md").read_text()
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert script("publish").splice(readme, name, script(name).table(result)) == readme
+
+
+@pytest.fixture
+def publishing(script, monkeypatch, tmp_path):
+    """`benchmarks/publish.py`, writing to `tmp_path`, where README.md has a table of `fit`."""
+    module = script("publish")
+    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    module.README.write_text("above\n\n<!-- fit:begin -->\nolder\n<!-- fit:end -->\n\nbelow\n")
+    return module
+
+
+def test_a_table_replaces_the_older_one_and_keeps_the_text_around_it(publishing):
+    assert publishing.splice(publishing.README.read_text(), "fit", "newer\n| 1 |") == (
+        "above\n\n<!-- fit:begin -->\nnewer\n| 1 |\n<!-- fit:end -->\n\nbelow\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "found", [[], ["begin"], ["end"], ["end", "begin"], ["begin", "end", "end"], ["begin", "begin", "end"]]
+)
+def test_a_page_without_each_mark_once_and_in_order_is_refused(publishing, found):
+    marks = [f"<!-- fit:{end} -->" for end in found]
+    with pytest.raises(ValueError, match=f"each once, found {', '.join(marks) or 'neither'}$"):
+        publishing.splice("\n".join(["<!-- cost:begin --><!-- cost:end -->", *marks, "below"]), "fit", "newer")
+
+
+def test_what_is_published_is_dated_and_the_table_is_made_of_what_the_file_holds(publishing, capsys):
+    before = publishing.today()
+    publishing.publish("fit", "python fit.py", {"seconds": {2: (1.5,)}}, lambda result: str(result["seconds"]))
+    written = json.loads((publishing.RESULTS / "fit.json").read_text())
+    assert list(written) == ["command", "date", "seconds"]
+    assert written["command"] == "python fit.py"
+    assert before <= written["date"] <= publishing.today()
+    assert publishing.README.read_text().count("\n{'2': [1.5]}\n") == 1
+    assert capsys.readouterr().out == "{'2': [1.5]}\n"
+
+
+def test_figures_are_written_even_where_the_readme_has_no_marks(publishing):
+    publishing.README.write_text("above\n")
+    with pytest.raises(ValueError, match="found neither"):
+        publishing.publish("fit", "python fit.py", {"seconds": 1.5}, lambda _result: "newer")
+    assert json.loads((publishing.RESULTS / "fit.json").read_text())["seconds"] == 1.5
+    assert publishing.README.read_text() == "above\n"
 
 
 def test_a_row_states_its_seeds_with_mean_and_standard_deviation(script):
