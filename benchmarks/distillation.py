@@ -218,9 +218,10 @@ def table(result: Mapping[str, Any]) -> str:
     seeds = len(result["methods"]["plain"]["accuracies"])
     teacher = f"ResNet-56 ({100 * result['teacher_accuracy']:.2f} %)"
     source = (
-        f"<sub>`{result['command']}`: {teacher} teaches ResNet-8 on CIFAR-10 as JPEG files, {result['steps']} steps, "
-        f"{seeds} seeds, mean ± standard deviation of the accuracy on {result['test_samples']:,} test images after the "
-        f"last step; gains in points with Student's 95 % interval over seeds. {facts['cpu']}, {versions}; all of it in "
+        f"<sub>`{result['command']}`, {result['date']}: {teacher} teaches ResNet-8 on CIFAR-10 as JPEG files, "
+        f"{result['steps']} steps, {seeds} seeds, mean ± standard deviation of the accuracy on "
+        f"{result['test_samples']:,} test images after the last step; gains in points with Student's 95 % interval "
+        f"over seeds. {facts['cpu']}, {versions}; all of it in "
         "[distillation.json](benchmarks/results/distillation.json).</sub>"
     )
     return "\n".join([*lines, "", source])

@@ -98,9 +98,9 @@ def table(result: Mapping[str, Any]) -> str:
     facts = result["environment"]
     lines += [
         "",
-        f"<sub>`{result['command']}`: logits of {result['images']} test images, beside those on {facts['cpu']} "
-        f"({', '.join(facts['cpu_flags'])}), onnxruntime {facts['versions']['onnxruntime']}; all of it in "
-        "[portability.json](benchmarks/results/portability.json).</sub>",
+        f"<sub>`{result['command']}`, {result['date']}: logits of {result['images']} test images, beside those on "
+        f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), onnxruntime {facts['versions']['onnxruntime']}; "
+        "all of it in [portability.json](benchmarks/results/portability.json).</sub>",
     ]
     return "\n".join(lines)
 

@@ -239,7 +239,7 @@ def table(result: Mapping[str, Any]) -> str:
     environment_facts = result["environment"]
     versions = ", ".join(f"{name} {environment_facts['versions'][name]}" for name in ("torch", "torch-pruning"))
     source = (
-        f"<sub>`{result['command']}`: CIFAR-10 as JPEG files, one epoch of recovery, {len(SEEDS)} "
+        f"<sub>`{result['command']}`, {result['date']}: CIFAR-10 as JPEG files, one epoch of recovery, {len(SEEDS)} "
         f"seeds, mean ± standard deviation. {environment_facts['cpu']}, {versions}; all of it in "
         "[pruning.json](benchmarks/results/pruning.json).</sub>"
     )

@@ -316,8 +316,8 @@ def table(result: Mapping[str, Any]) -> str:
     versions = facts["versions"]
     lines += [
         "",
-        f"<sub>`{result['command']}`: one seed, test images, batch 1 on one thread, sizes without metadata; two "
-        f"sessions of one file differ by up to: {', '.join(noises)}. "
+        f"<sub>`{result['command']}`, {result['date']}: one seed, test images, batch 1 on one thread, sizes without "
+        f"metadata; two sessions of one file differ by up to: {', '.join(noises)}. "
         f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, onnxruntime "
         f"{versions['onnxruntime']}, NNCF {facts['nncf']}; all of it in "
         f"[quantization.json](benchmarks/results/quantization.json), with all range methods. Times on x86 without VNNI "

@@ -213,8 +213,8 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {sparsity:.0%} zeros, one epoch of recovery | " + " | ".join(cells) + " |")
     facts = result["environment"]
     source = (
-        f"<sub>`{result['command']}`: {len(SEEDS)} seeds, mean ± standard deviation on all test images; the dense "
-        f"file is float32, not compressed. {facts['cpu']}, "
+        f"<sub>`{result['command']}`, {result['date']}: {len(SEEDS)} seeds, mean ± standard deviation on all test "
+        f"images; the dense file is float32, not compressed. {facts['cpu']}, "
         f"torch {facts['versions']['torch']}; all of it in [sparsity.json](benchmarks/results/sparsity.json).</sub>"
     )
     return "\n".join([*lines, "", source])
