@@ -39,6 +39,8 @@ from compressor.latency import time_models
 from compressor.measure import measure
 from compressor.plugins import Reference
 from compressor.report.environment import environment
+from compressor.report.figures import speed, times
+from compressor.report.measurements import Latency
 from compressor.stage import StageContext
 from compressor.stages.distillation.soft_labels import SoftLabels
 from compressor.stages.pruning.recovery import Recovery, recover
@@ -214,9 +216,9 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     dense, latencies = result["dense"], result["latencies"]
     lines = [
-        "| fewer MACs | method | accuracy | faster | parameters |",
+        "| fewer MACs | method | accuracy | latency | parameters |",
         "|--:|---|--:|--:|--:|",
-        f"| 1x | ResNet-56 | {100 * dense['accuracy']:.2f} % | 1x | {dense['parameters']:,} |",
+        f"| 1x | ResNet-56 | {100 * dense['accuracy']:.2f} % |  | {dense['parameters']:,} |",
     ]
     for factor in FACTORS:
         for method, name in NAMES.items():
@@ -224,18 +226,17 @@ def table(result: Mapping[str, Any]) -> str:
             accuracies = [100 * one["accuracy"] for one in points]
             fewer = dense["macs"] / points[0]["macs"]
             found = f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f} %"
-            faster, parameters = interval(latencies[f"{method} {factor}"]), points[0]["parameters"]
-            lines.append(f"| {fewer:.2f}x | {name} | {found} | {faster} | {parameters:,} |")
+            faster = speed(Latency.model_validate(latencies[f"{method} {factor}"]))
+            lines.append(f"| {fewer:.2f}x | {name} | {found} | {faster} | {points[0]['parameters']:,} |")
     lines += [
         "",
         "| `latency_ratio` asked | achieved in the search | measured again | fewer MACs |",
         "|--:|--:|--:|--:|",
     ]
     for name, goal in result["latency_goals"].items():
-        lines.append(
-            f"| {goal['asked']}x | {goal['achieved']:.2f}x | {interval(latencies[name])} | "
-            f"{dense['macs'] / goal['macs']:.2f}x |"
-        )
+        achieved = times(goal["achieved"], "faster", "slower")
+        again = speed(Latency.model_validate(latencies[name]))
+        lines.append(f"| {goal['asked']}x | {achieved} | {again} | {dense['macs'] / goal['macs']:.2f}x |")
     environment_facts = result["environment"]
     versions = ", ".join(f"{name} {environment_facts['versions'][name]}" for name in ("torch", "torch-pruning"))
     source = (
@@ -244,11 +245,6 @@ def table(result: Mapping[str, Any]) -> str:
         "[pruning.json](benchmarks/results/pruning.json).</sub>"
     )
     return "\n".join([*lines, "", source])
-
-
-def interval(latency: Mapping[str, float]) -> str:
-    """A ratio of times with its 95 % interval."""
-    return f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from compressor.onnx_writing import compact, write
 from compressor.parity import spread
 from compressor.plugins import Reference
 from compressor.report.environment import environment
+from compressor.report.figures import compared_size, size, speed
+from compressor.report.measurements import Latency
 from compressor.stage import StageContext
 from compressor.stages.pruning.stage import MagnitudePruning
 from compressor.stages.quantization.ptq import Int8Ptq
@@ -296,7 +298,7 @@ def stored(directory: Path, make: Callable[[], TorchModel]) -> TorchModel:
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: a table with a part for each network."""
-    lines = ["| | size, kB | smaller | faster | SQNR, dB | accuracy |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| | size | | latency | SQNR, dB | accuracy |", "|---|--:|--:|--:|--:|--:|"]
     noises: list[str] = []
     for name in dict.fromkeys(row["network"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["network"] == name]
@@ -304,11 +306,11 @@ def table(result: Mapping[str, Any]) -> str:
         noise = max(abs(math.log(session["noise"][f"ratio_{end}"])) for end in ("low", "high"))
         lines.append(f"| **{name}** | | | | | |")
         for row in (row for row in rows if row["maker"] in SHOWN):
-            latency, sqnr = row["latency"], row["sqnr_db"]
-            faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
+            first, sqnr = row is rows[0], row["sqnr_db"]
+            smaller = "" if first else compared_size(rows[0]["stripped_bytes"], row["stripped_bytes"])
+            faster = "" if first else speed(Latency.model_validate(row["latency"]))
             lines.append(
-                f"| {row['maker']} | {row['stripped_bytes'] / 1000:.1f} | "
-                f"{rows[0]['stripped_bytes'] / row['stripped_bytes']:.2f}x | {faster} | "
+                f"| {row['maker']} | {size(row['stripped_bytes'])} | {smaller} | {faster} | "
                 f"{'' if sqnr is None else f'{sqnr:.1f}'} | {100 * row['accuracy']:.2f} % |"
             )
         noises.append(f"{name} {100 * noise:.1f} %")

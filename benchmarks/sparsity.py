@@ -33,6 +33,7 @@ from compressor.export import to_onnx
 from compressor.measure import measure
 from compressor.plugins import Reference
 from compressor.report.environment import environment
+from compressor.report.figures import compared_size, size
 from compressor.stage import StageContext
 from compressor.stages.distillation.soft_labels import SoftLabels
 from compressor.stages.pruning.weights import WeightPruning
@@ -185,7 +186,7 @@ def figures(model: TorchModel | OnnxModel, task: Task, directory: Path, part: st
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        "| MNIST | fewer non-zeros | accuracy, dense to sparse | int8 and gzip | smaller than dense | accuracy, int8 |",
+        "| MNIST | fewer non-zeros | accuracy, dense to sparse | int8 and gzip | beside dense | accuracy, int8 |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name in LENETS:
@@ -197,13 +198,14 @@ def table(result: Mapping[str, Any]) -> str:
                 for whether in (False, True)
             )
             fewer = dense[0]["parameters"] / mean(sparse, "nonzero")
-            smaller = mean(dense, "size_bytes") / mean(int8, "transfer_bytes")
+            transfer_bytes = round(mean(int8, "transfer_bytes"))
+            smaller = compared_size(round(mean(dense, "size_bytes")), transfer_bytes)
             lines.append(
                 f"| {name} | {fewer:.1f}x | {percent(dense)} to {percent(sparse)} | "
-                f"{mean(int8, 'transfer_bytes') / 1000:.1f} kB | {smaller:.0f}x | {percent(int8)} |"
+                f"{size(transfer_bytes)} | {smaller} | {percent(int8)} |"
             )
         reported = REPORTED[name]
-        lines.append(f"| {name}, Han et al. 2015 | {reported['fewer']}x |  |  | {reported['smaller']}x |  |")
+        lines.append(f"| {name}, Han et al. 2015 | {reported['fewer']}x |  |  | {reported['smaller']}x smaller |  |")
     lines += ["", "| ResNet-56, accuracy | " + " | ".join(ALLOCATIONS) + " |", "|---|" + "--:|" * len(ALLOCATIONS)]
     for sparsity in RESNET_SPARSITIES:
         cells = [

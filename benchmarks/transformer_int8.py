@@ -31,6 +31,8 @@ from compressor.export import to_onnx
 from compressor.latency import time_models
 from compressor.plugins import Reference
 from compressor.report.environment import environment
+from compressor.report.figures import size, speed
+from compressor.report.measurements import Latency
 from compressor.stage import Stage, StageContext
 from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.quantization.weight_only import WeightOnly
@@ -151,12 +153,12 @@ def sqnr_db(wanted: Tensor, found: Tensor) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| network | weights and activations | size, MB | faster | SQNR, dB |", "|---|---|--:|--:|--:|"]
+    lines = ["| network | weights and activations | size | latency | SQNR, dB |", "|---|---|--:|--:|--:|"]
     for row in result["rows"]:
-        latency, sqnr = row["latency"], row["sqnr_db"]
-        faster = f"{latency['ratio']:.2f}x [{latency['ratio_low']:.2f}, {latency['ratio_high']:.2f}]"
+        sqnr = row["sqnr_db"]
+        faster = "" if row["maker"] == "float32" else speed(Latency.model_validate(row["latency"]))
         lines.append(
-            f"| {row['network']} | {row['maker']} | {row['size_bytes'] / 1e6:.1f} | {faster} | "
+            f"| {row['network']} | {row['maker']} | {size(row['size_bytes'])} | {faster} | "
             f"{'' if sqnr is None else f'{sqnr:.1f}'} |"
         )
     noises = [row["latency_session"]["noise"] for row in result["rows"]]
