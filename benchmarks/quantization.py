@@ -39,6 +39,7 @@ from compressor.measure import measure
 from compressor.onnx_writing import compact, write
 from compressor.parity import spread
 from compressor.plugins import Reference
+from compressor.quantization.analysis import sqnr_db
 from compressor.report.environment import environment
 from compressor.report.figures import compared_size, size, speed
 from compressor.report.measurements import Latency
@@ -225,16 +226,13 @@ def compared(name: str, directory: Path, task: Task, makers: Mapping[str, Make])
         measured = measure(file, task).measurement
         stripped = file.with_name("stripped.onnx")
         write(compact(onnx.load(file)), stripped)
-        error = OnnxModel(file).predict(task.test.inputs) - wanted
         rows.append(
             {
                 "network": name,
                 "maker": maker,
                 "size_bytes": measured.size_bytes,
                 "stripped_bytes": stripped.stat().st_size,
-                "sqnr_db": float(10 * torch.log10(wanted.square().sum() / error.square().sum()))
-                if error.any()
-                else None,
+                "sqnr_db": sqnr_db([OnnxModel(file).predict(task.test.inputs)], [wanted]),
                 "accuracy": measured.metrics["accuracy"],
             }
         )

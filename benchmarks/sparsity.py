@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from compressor.stages.pruning.weights import WeightPruning
 from compressor.stages.quantization.ptq import Int8Ptq
 from compressor.stages.training import Training
 from compressor.task import Task
+from quantization import stored
 
 SEEDS = (0, 1)
 LENETS, LENET_SPARSITIES = ("lenet_300_100", "lenet5"), (0.93, 0.96)
@@ -158,14 +159,6 @@ def resnet56(
         file.write_text(json.dumps({"settings": settings, **facts, "allocation": allocation, "seconds": seconds}))
     found: dict[str, Any] = json.loads(file.read_text())
     return found
-
-
-def stored(directory: Path, make: Callable[[], TorchModel]) -> TorchModel:
-    """Take a model from a directory, or make it and put it there."""
-    if not (directory / "model.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        make().save(directory)
-    return TorchModel.load(directory)
 
 
 def figures(model: TorchModel | OnnxModel, task: Task, directory: Path, part: str, **facts: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from compressor.artifact import OnnxModel, TorchModel
 from compressor.export import to_onnx
 from compressor.latency import time_models
 from compressor.plugins import Reference
+from compressor.quantization.analysis import sqnr_db
 from compressor.report.environment import environment
 from compressor.report.figures import size, speed
 from compressor.report.measurements import Latency
@@ -125,7 +126,7 @@ def compared(name: str, directory: Path) -> list[dict[str, Any]]:
             "network": name,
             "maker": maker,
             "size_bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
-            "sqnr_db": sqnr_db(wanted, OnnxModel(file).predict(task.test.inputs)) if maker != "float32" else None,
+            "sqnr_db": sqnr_db([OnnxModel(file).predict(task.test.inputs)], [wanted]),
             "latency": latency.model_dump(),
             "latency_session": session.model_dump(),
         }
@@ -144,11 +145,6 @@ def task_of(name: str) -> Task:
     targets = torch.zeros(96, dtype=torch.int64)
     seen, unseen = Samples((inputs[:64],), targets[:64]), Samples((inputs[64:],), targets[64:])
     return Task(seen, unseen, unseen, seen, (inputs[:2],))
-
-
-def sqnr_db(wanted: Tensor, found: Tensor) -> float:
-    """Power of the outputs over that of their change."""
-    return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()))
 
 
 def table(result: Mapping[str, Any]) -> str:
