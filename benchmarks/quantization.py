@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ def main() -> None:
             pruned = stored(directory / "pruned", partial(cut, baseline, task))
             rows += compared(name, directory, task, ours(pruned, task, reference=baseline, short=True))
     chosen = "" if len(arguments.only) == len(NETWORKS) + len(PRUNED) else f" --only {' '.join(arguments.only)}"
+    facts = environment()
     result = {
         "settings": SETTINGS,
         "calibration_samples": CALIBRATION_SAMPLES,
         "rows": rows,
-        "environment": {**environment(), "nncf": nncf_version()},
+        "environment": {**facts, "versions": {**facts["versions"], "nncf": version("nncf")}},
     }
     command = f"python benchmarks/quantization.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR{chosen}"
     publish("quantization", command, result, table)
@@ -199,13 +201,6 @@ def calibration_arrays(task: Task, *, batch_size: int) -> Iterator[np.ndarray]:
     indices = spread(task.calibration, CALIBRATION_SAMPLES)
     for start in range(0, len(indices), batch_size):
         yield gather(task.calibration, indices[start : start + batch_size]).inputs[0].numpy()
-
-
-def nncf_version() -> str:
-    """Version of the peer."""
-    import nncf  # noqa: PLC0415  # an extra
-
-    return str(nncf.__version__)
 
 
 def compared(name: str, directory: Path, task: Task, makers: Mapping[str, Make]) -> list[dict[str, Any]]:
@@ -319,7 +314,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"<sub>`{result['command']}`, {result['date']}: one seed, test images, batch 1 on one thread, sizes without "
         f"metadata; two sessions of one file differ by up to: {', '.join(noises)}. "
         f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, onnxruntime "
-        f"{versions['onnxruntime']}, NNCF {facts['nncf']}; all of it in "
+        f"{versions['onnxruntime']}, NNCF {versions['nncf']}; all of it in "
         f"[quantization.json](benchmarks/results/quantization.json), with all range methods. Times on x86 without VNNI "
         f"and on ARM: not measured.</sub>",
     ]
