@@ -306,15 +306,15 @@ def table(result: Mapping[str, Any]) -> str:
                 f"| {row['maker']} | {size(row['stripped_bytes'])} | {smaller} | {faster} | "
                 f"{'' if sqnr is None else f'{sqnr:.1f}'} | {100 * row['accuracy']:.2f} % |"
             )
-        noises.append(f"{name} {100 * noise:.1f} %")
+        noises.append(f"{100 * noise:.1f} % ({name})")
     facts = result["environment"]
     versions = facts["versions"]
     lines += [
         "",
         f"<sub>`{result['command']}`, {result['date']}: one seed, test images, batch 1 on one thread, sizes without "
-        f"metadata; two sessions of one file differ by up to: {', '.join(noises)}. "
-        f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, onnxruntime "
-        f"{versions['onnxruntime']}, NNCF {versions['nncf']}; all of it in "
+        f"metadata; a latency session for each network: in each, the baseline timed against itself differs by up to "
+        f"{', '.join(noises)}. {facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, "
+        f"onnxruntime {versions['onnxruntime']}, NNCF {versions['nncf']}; all of it in "
         f"[quantization.json](benchmarks/results/quantization.json), with all range methods. Times on x86 without VNNI "
         f"and on ARM: not measured.</sub>",
     ]

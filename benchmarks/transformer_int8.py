@@ -163,9 +163,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"<sub>`{result['command']}`, {result['date']}: {BLOCKS} blocks of width {WIDTH}, random weights, one sample "
-        f"({TOKENS} tokens; 64 patches) on one thread; two sessions of one file differ by up to {100 * noise:.1f} %. "
-        f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {facts['versions']['torch']}, onnxruntime "
-        f"{facts['versions']['onnxruntime']}; all of it in "
+        f"({TOKENS} tokens; 64 patches) on one thread; a latency session for each network: in each, the baseline timed "
+        f"against itself differs by up to {100 * noise:.1f} %. {facts['cpu']} ({', '.join(facts['cpu_flags'])}), "
+        f"torch {facts['versions']['torch']}, onnxruntime {facts['versions']['onnxruntime']}; all of it in "
         f"[transformer_int8.json](benchmarks/results/transformer_int8.json).</sub>",
     ]
     return "\n".join(lines)
