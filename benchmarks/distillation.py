@@ -5,7 +5,7 @@ same number of steps of the same size with the same optimizer, chosen beforehand
 the test accuracy after the last step, never the best on the way. Methods share a seed's first weights and order of
 samples, so they are compared seed by seed: the verdict is BEATS or DOES NOT BEAT if Student's 95 % interval of the mean
 difference from plain training lies on one side of zero, else INCONCLUSIVE. The interval is over seeds, not over test
-images, and of eight such verdicts one may be wrong by chance in every third table. The teacher has seen every label,
+images, and of seven such verdicts one may be wrong by chance in every third table. The teacher has seen every label,
 those of `semi_supervised` too.
 
 What is done is kept under runs/, and the same command goes on from there.
@@ -70,8 +70,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 """Stage settings by method, as a pipeline file would have them. `born_again` starts from the plain student's teaching;
 `semi_supervised` sees 500 labels and 8,500 images without, in 8 views each; `plain_500_labels` those labels alone."""
-AGAINST = {"semi_supervised": "plain_500_labels", "plain_500_labels": "plain"}
+AGAINST = {"semi_supervised": "plain_500_labels"}
 """What a method is compared with, if not with `plain`."""
+CONTROLS = ("plain", *AGAINST.values())
+"""What others are compared with; they differ in their labels, so between them there is nothing to decide."""
 METHODS = tuple(name for name in SETTINGS if not name.startswith("soft_labels"))
 
 ORDER = (
@@ -195,7 +197,7 @@ def summary(name: str, by_seed: Sequence[Mapping[str, Mapping[str, float]]]) -> 
         "gain": gain,
         "gain_interval_95": [gain - half_width, gain + half_width],
         "against": plain,
-        "verdict": "" if name == plain else verdict,
+        "verdict": "" if name in CONTROLS else verdict,
         "agreement": statistics.fmean(one["agreement"] for one in found),
         "seconds": statistics.fmean(one["seconds"] for one in found),
     }
@@ -209,10 +211,10 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for name, one in result["methods"].items():
         low, high = (100 * end for end in one["gain_interval_95"])
-        gain = f"{100 * one['gain']:+.1f} [{low:+.1f}, {high:+.1f}]" if one["verdict"] else ""
+        gain = f"{100 * one['gain']:+.1f} [{low:+.1f}, {high:+.1f}] | {one['against']} | {one['verdict']}"
         spread = f"{100 * one['mean']:.1f} ± {100 * one['standard_deviation']:.1f} %"
-        against = one["against"] if one["verdict"] else ""
-        lines.append(f"| {name} | {spread} | {gain} | {against} | {one['verdict']} | {100 * one['agreement']:.1f} % |")
+        compared = " |  | " if name in CONTROLS else gain
+        lines.append(f"| {name} | {spread} | {compared} | {100 * one['agreement']:.1f} % |")
     facts = result["environment"]
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "accelerate"))
     seeds = len(result["methods"]["plain"]["accuracies"])
