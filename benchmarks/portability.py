@@ -54,9 +54,10 @@ def main() -> None:
         name: task_of(name, arguments.mnist_dir, arguments.cifar10_dir).test.inputs[0][:IMAGES].numpy()
         for name in NETWORKS
     }
+    machines = dict(text.split("=", 1) for text in arguments.machines)
     here = logits([sys.executable], images)
     rows = []
-    for machine, _, command in (text.partition("=") for text in arguments.machines):
+    for machine, command in machines.items():
         for name, found in logits(shlex.split(command), images).items():
             rows.append(
                 {
@@ -67,8 +68,8 @@ def main() -> None:
                     "classes": float((found.argmax(axis=1) == here[name].argmax(axis=1)).mean()),
                 }
             )
-    names = " ".join(f"'{machine.partition('=')[0]}=COMMAND'" for machine in arguments.machines)
-    result = {"images": IMAGES, "rows": rows, "environment": environment()}
+    names = " ".join(f"'{machine}=COMMAND'" for machine in machines)
+    result = {"machines": machines, "images": IMAGES, "rows": rows, "environment": environment()}
     publish("portability", f"python benchmarks/portability.py MNIST_DIR CIFAR10_DIR {names}", result, table)
 
 
