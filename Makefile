@@ -45,7 +45,7 @@ benchmark: $(VENV)/.peers
 	$(BIN)/python benchmarks/suite.py $(MNIST) $(CIFAR10) $(WEIGHTS)
 	$(BIN)/python benchmarks/cost.py $(MNIST)
 
-studies: $(VENV)/.peers
+studies: demo $(VENV)/.peers
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/startup.py runs/digits pipelines/digits.yaml
