@@ -11,7 +11,6 @@ Peers need `pip install '.[peers]'`. What is done is kept under runs/, and the s
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -296,7 +295,7 @@ def table(result: Mapping[str, Any]) -> str:
     for name in dict.fromkeys(row["network"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["network"] == name]
         session = rows[0]["latency_session"]
-        noise = max(abs(math.log(session["noise"][f"ratio_{end}"])) for end in ("low", "high"))
+        noise = Latency.model_validate(session["noise"]).interval.distance
         lines.append(f"| **{name}** | | | | | |")
         for row in (row for row in rows if row["maker"] in SHOWN):
             first, sqnr = row is rows[0], row["sqnr_db"]

@@ -7,7 +7,6 @@ samples than those of the calibration; random weights say nothing about the accu
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,8 +156,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"| {row['network']} | {row['maker']} | {size(row['size_bytes'])} | {faster} | "
             f"{'' if sqnr is None else f'{sqnr:.1f}'} |"
         )
-    noises = [row["latency_session"]["noise"] for row in result["rows"]]
-    noise = max(abs(math.log(found[f"ratio_{end}"])) for found in noises for end in ("low", "high"))
+    noises = [Latency.model_validate(row["latency_session"]["noise"]) for row in result["rows"]]
+    noise = max(found.interval.distance for found in noises)
     facts = result["environment"]
     lines += [
         "",
