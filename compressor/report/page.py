@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compressor.report import pictures
+from compressor.report import int8_pictures, pictures
 from compressor.report.drawings import Cells, Picture
 from compressor.report.figures import facts, printable
 from compressor.report.gate import sentence
@@ -164,8 +164,8 @@ def _int8_of(name: str, found: Quantization) -> Iterator[Block]:
     lines = [described(found.deployment), *([outcome(found.fallback, found.deployment)] if found.fallback else [])]
     yield Bullets([f"{name}: {line}" for line in lines])
     if found.layers:
-        yield pictures.noise_picture(name, found)
-    if ranges := pictures.range_pictures(found):
+        yield int8_pictures.noise_picture(name, found)
+    if ranges := int8_pictures.range_pictures(found):
         yield Prose(
             "What each of these layers gives in the float model, within the range of its codes. Heights are square "
             "roots of shares, so that rare values are seen."

@@ -6,12 +6,10 @@ from itertools import pairwise
 from typing import TypeVar
 
 from compressor.report import charts
-from compressor.report.drawings import Bar, Bars, Columns, Mark, Pair, Pairs, Picture, Plot, Tick
+from compressor.report.drawings import Bar, Bars, Mark, Pair, Pairs, Picture, Plot, Tick
 from compressor.report.figures import change, compared_size, count, milliseconds, share, size, speed, value
-from compressor.report.int8 import MOST_LAYERS, decibels, layer_cells, shown_layers, worst_first
 from compressor.report.measurements import Latency, MetricInfo
 from compressor.report.quality import class_name
-from compressor.report.quantization import Histogram, Quantization
 from compressor.report.records import Report, Row
 from compressor.report.remarks import row_names
 
@@ -170,36 +168,6 @@ def channel_pictures(report: Report) -> Iterator[Picture]:
             yield _channel_picture(before.channels, after.channels, old, new)
 
 
-def noise_picture(name: str, found: Quantization) -> Picture:
-    """How little each layer alone in int8 changes the outputs of a row's model, whose layers were analysed."""
-    layers = worst_first(found.layers)[:MOST_LAYERS]
-    largest = max([one.alone_sqnr_db for one in layers if one.alone_sqnr_db is not None], default=0.0)
-    scale = charts.Scale(0, max(largest, 1.0))
-    bars = tuple(
-        Bar(
-            one.layer,
-            decibels(one.alone_sqnr_db),
-            100.0 if one.alone_sqnr_db is None else scale.at(one.alone_sqnr_db),
-        )
-        for one in layers
-    )
-    described = (
-        "SQNR of the model's outputs with one layer alone in int8: the shorter the bar, the more it changes them; "
-        f"{shown_layers(found)}."
-    )
-    more = left_out(len(found.layers) - len(layers), "layers")
-    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(found), more)
-
-
-def range_pictures(found: Quantization) -> tuple[Picture, ...]:
-    """What the layers of `noise_picture` give in the float model, within the range of their codes."""
-    return tuple(
-        _range_picture(one.layer, one.histogram)
-        for one in worst_first(found.layers)[:MOST_LAYERS]
-        if one.histogram and one.histogram.counts
-    )
-
-
 def _timed(report: Report) -> list[tuple[str, Row, Latency]]:
     return [(name, row, row.latency) for name, row in zip(row_names(report), report.rows, strict=True) if row.latency]
 
@@ -250,27 +218,6 @@ def _channel_picture(before: Mapping[str, int], after: Mapping[str, int], old: s
     )
     drawing, more = Bars(bars, whole=True), left_out(len(layers) - len(shown), "layers")
     return Picture(f"{new}: channels that each layer keeps", described, drawing, table, more)
-
-
-def _range_picture(layer: str, histogram: Histogram) -> Picture:
-    tallest, total = max(histogram.counts), sum(histogram.counts)
-    heights = charts.Scale(0, math.sqrt(tallest or 1))
-    width = (histogram.high - histogram.low) / len(histogram.counts)
-    low, high = f"{histogram.low:.3g}", f"{histogram.high:.3g}"
-    table = [
-        ["from", "to", "share of the values"],
-        *(
-            [
-                f"{histogram.low + number * width:.3g}",
-                f"{histogram.low + (number + 1) * width:.3g}",
-                share(found / (total or 1) * (1 - histogram.below - histogram.above)),
-            ]
-            for number, found in enumerate(histogram.counts)
-        ),
-    ]
-    described = f"Clipped: {share(histogram.below)} below {low}, {share(histogram.above)} above {high}."
-    columns = Columns(tuple(heights.at(math.sqrt(found)) for found in histogram.counts), low, high)
-    return Picture(layer, described, columns, table)
 
 
 def _extreme(items: Sequence[_Item], most: int, key: Callable[[_Item], float]) -> list[_Item]:
