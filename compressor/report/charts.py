@@ -85,13 +85,24 @@ def spans_orders(values: Sequence[float], *, factor: float) -> bool:
     return min(values) > 0 and max(values) >= factor * min(values)
 
 
-def front(values: Sequence[Point]) -> tuple[int, ...]:
-    """Indices of the Pareto front, where more is better in both: no other is as good in both and better in one."""
+def front(values: Sequence[tuple[float, float, float]]) -> tuple[int, ...]:
+    """Indices of the Pareto front of `values`: the ends of an interval for x, and y, where more is better in both.
 
-    def is_better(other: Point, one: Point) -> bool:
-        return other != one and other[0] >= one[0] and other[1] >= one[1]
+    One beats another if its y is larger and its x not surely smaller, or its y as large and its x surely larger: surely
+    where their intervals do not meet. On the front is what none on the front beats. What is itself beaten counts for
+    nothing, as intervals may meet in a chain whose ends are far apart.
+    """
 
-    return tuple(index for index, one in enumerate(values) if not any(is_better(other, one) for other in values))
+    def is_beaten(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+        (low, high, y), (other_low, other_high, other_y) = one, other
+        return (other_y > y and other_high >= low) or (other_y == y and other_low > high)
+
+    found: list[int] = []
+    for index in sorted(range(len(values)), key=lambda index: (values[index][2], values[index][0]), reverse=True):
+        # what could beat it comes before it
+        if not any(is_beaten(values[index], values[other]) for other in found):
+            found.append(index)
+    return tuple(sorted(found))
 
 
 def staircase(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -111,9 +122,9 @@ class Label:
     text: str
 
 
-def labels(points: Sequence[Point], *, height: int) -> tuple[Label, ...]:
-    """Number `points` from 1, above them; numbers that would meet in a drawing `height` pixels high share a label."""
-    groups = [[number] for number in range(1, len(points) + 1)]
+def labels(points: Sequence[Point], numbers: Sequence[int], *, height: int) -> tuple[Label, ...]:
+    """Those `numbers` of `points`, counted from 1, above them; what would meet `height` pixels high shares a label."""
+    groups = [[number] for number in numbers]
     placed = [_label(group, points) for group in groups]
     while meeting := _first_meeting(placed, height):
         first, second = meeting

@@ -17,6 +17,8 @@ _Item = TypeVar("_Item")
 
 MOST_CLASSES, MOST_CHANNELS, MOST_LOSSES, MOST_EPOCHS, MOST_POINTS = 30, 40, 24, 20, 500
 """So many classes, layers, curves, epochs in a table and epochs in a curve are shown; JSON has all."""
+_MOST_NUMBERS = 20
+"""Of more stages than this, only those on the front are numbered in the drawing: numbers would hide it."""
 _TALL, _FLAT = 260, 120
 """Heights of drawings, in pixels."""
 _LOGARITHMIC_FROM = 20
@@ -55,8 +57,7 @@ def latency_picture(report: Report) -> Picture | None:
     longest = charts.Scale(0, max(1 / latency.ratio_low for _, _, latency in timed))
     bars, table = [], [["stage", "latency (p50)", "latency vs baseline (95 % interval)"]]
     for name, row, latency in timed:
-        compared = "the baseline" if row is report.rows[0] else speed(latency)
-        taken = milliseconds(latency.p50_ms)
+        compared, taken = _compared(row, latency, report), milliseconds(latency.p50_ms)
         ends = longest.at(1 / latency.ratio_high), longest.at(1 / latency.ratio_low)
         bars.append(Bar(name, f"{taken}, {compared}", longest.at(1 / latency.ratio), *ends))
         table.append([name, taken, compared])
@@ -69,45 +70,33 @@ def latency_picture(report: Report) -> Picture | None:
 
 def tradeoff_picture(report: Report) -> Picture | None:
     """The first metric of each row against its speed, with the Pareto front; None with fewer than two such rows."""
-    if not report.metrics:
+    timed = _timed(report)
+    if not report.metrics or len(timed) < 2:
         return None
     metric = report.metrics[0]
-    found = [(name, latency, row.measurement.metrics[metric.name]) for name, row, latency in _timed(report)]
-    if len(found) < 2:
-        return None
     sign = 1 if metric.higher_is_better else -1
-    best = charts.front([(latency.ratio, sign * reached) for _, latency, reached in found])
-    ratios = [ratio for _, latency, _ in found for ratio in (latency.ratio_low, latency.ratio_high)]
-    x = charts.spanning(ratios, logarithmic=charts.spans_orders(ratios, factor=4))
-    y = charts.spanning([reached for *_, reached in found], least=0.004 if metric.unit == "%" else 0.0)
-    points = [(x.at(latency.ratio), _down(y.at(reached))) for _, latency, reached in found]
-    marks = tuple(
-        Mark(*point, x.at(latency.ratio_low), x.at(latency.ratio_high), index in best)
-        for index, (point, (_, latency, _)) in enumerate(zip(points, found, strict=True))
-    )
-    plot = Plot(
-        _TALL,
-        "times as fast as the baseline; further right is better",
-        f"{metric.name} (test); {'higher' if metric.higher_is_better else 'lower'} is better",
-        _ticks(x, lambda tick: f"{tick:g}x"),
-        _heights(y, _percent if metric.unit == "%" else "{:.4g}".format),
-        (charts.path(charts.staircase([points[index] for index in best])),),
-        tuple(sorted(marks, key=lambda mark: mark.strong)),  # the front lies above the others
-        charts.labels(points, height=_TALL),
-        tuple(name for name, *_ in found),
-    )
+    found = [(latency, row.measurement.metrics[metric.name]) for _, row, latency in timed]
+    best = charts.front([(latency.ratio_low, latency.ratio_high, sign * reached) for latency, reached in found])
     described = (
-        "Each number is a stage. Filled points are on the Pareto front: no other stage is as good in both and better "
-        "in one; the line is what they reach. Lines through points are 95 % intervals."
+        f"Each {'number' if len(found) <= _MOST_NUMBERS else 'point'} is a stage. Filled points are on the Pareto "
+        "front: no other of them is better and not surely slower, or as good and surely faster; the line is what they "
+        "reach. Lines through points are 95 % intervals; where two do not meet, one stage is surely faster."
     )
     table = [
-        ["number", "stage", "latency vs baseline (95 % interval)", metric.name, "on the Pareto front"],
+        ["stage", "number", "latency vs baseline (95 % interval)", metric.name, "on the Pareto front"],
         *(
-            [str(index + 1), name, speed(latency), value(metric, reached), "yes" if index in best else "no"]
-            for index, (name, latency, reached) in enumerate(found)
+            [
+                name,
+                str(index + 1),
+                _compared(row, latency, report),
+                value(metric, found[index][1]),
+                "yes" if index in best else "no",
+            ]
+            for index, (name, row, latency) in enumerate(timed)
         ),
     ]
-    return Picture(f"{metric.name} against speed", described, plot, table)
+    key = tuple(f"{name}, on the front" if index in best else name for index, (name, *_) in enumerate(timed))
+    return Picture(f"{metric.name} against speed", described, _tradeoff_plot(metric, found, best, key), table)
 
 
 def loss_pictures(report: Report) -> tuple[Picture, ...]:
@@ -170,6 +159,35 @@ def channel_pictures(report: Report) -> Iterator[Picture]:
 
 def _timed(report: Report) -> list[tuple[str, Row, Latency]]:
     return [(name, row, row.latency) for name, row in zip(row_names(report), report.rows, strict=True) if row.latency]
+
+
+def _compared(row: Row, latency: Latency, report: Report) -> str:
+    return "the baseline" if row is report.rows[0] else speed(latency)
+
+
+def _tradeoff_plot(
+    metric: MetricInfo, found: Sequence[tuple[Latency, float]], best: Sequence[int], key: tuple[str, ...]
+) -> Plot:
+    ratios = [ratio for latency, _ in found for ratio in (latency.ratio_low, latency.ratio_high)]
+    x = charts.spanning(ratios, logarithmic=charts.spans_orders(ratios, factor=4))
+    y = charts.spanning([reached for _, reached in found], least=0.004 if metric.unit == "%" else 0.0)
+    points = [(x.at(latency.ratio), _down(y.at(reached))) for latency, reached in found]
+    marks = tuple(
+        Mark(*point, x.at(latency.ratio_low), x.at(latency.ratio_high), index in best)
+        for index, (point, (latency, _)) in enumerate(zip(points, found, strict=True))
+    )
+    numbered = range(len(found)) if len(found) <= _MOST_NUMBERS else best
+    return Plot(
+        _TALL,
+        "times as fast as the baseline; further right is better",
+        f"{metric.name} (test); {'higher' if metric.higher_is_better else 'lower'} is better",
+        _ticks(x, lambda tick: f"{tick:g}x"),
+        _heights(y, _percent if metric.unit == "%" else "{:.4g}".format),
+        (charts.path(charts.staircase([points[index] for index in best])),),
+        tuple(sorted(marks, key=lambda mark: mark.strong)),  # the front lies above the others
+        charts.labels(points, [index + 1 for index in numbered], height=_TALL),
+        key,
+    )
 
 
 def _loss_picture(title: str, losses: Sequence[float]) -> Picture:

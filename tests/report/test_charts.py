@@ -81,20 +81,52 @@ def test_values_span_orders_only_if_all_are_positive():
     assert not spans_orders([0.0, 2.0], factor=20)
 
 
+def exact(values):
+    """Points whose x is known exactly."""
+    return [(x, x, y) for x, y in values]
+
+
 def test_front_holds_what_nothing_else_is_better_than():
-    assert front([(1, 5), (2, 4), (2, 3), (3, 1), (1, 4)]) == (0, 1, 3)
+    assert front(exact([(1, 5), (2, 4), (2, 3), (3, 1), (1, 4)])) == (0, 1, 3)
 
 
 def test_equal_points_are_all_on_the_front():
-    assert front([(1, 1), (1, 1), (0, 1)]) == (0, 1)
+    assert front(exact([(1, 1), (1, 1), (0, 1)])) == (0, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
-def test_front_is_what_the_definition_says(values):
+def test_front_of_exact_points_is_what_no_other_is_as_good_as_in_both_and_better_in_one(values):
     def dominated(one):
         return any(other[0] >= one[0] and other[1] >= one[1] and other != one for other in values)
 
-    assert front(values) == tuple(index for index, one in enumerate(values) if not dominated(one))
+    assert front(exact(values)) == tuple(index for index, one in enumerate(values) if not dominated(one))
+
+
+@pytest.mark.parametrize(
+    ("values", "on_the_front"),
+    [
+        ([(1.0, 1.2, 5), (1.1, 1.3, 5)], (0, 1)),  # as good, and no faster that is known
+        ([(1.0, 1.2, 5), (1.3, 1.4, 5)], (1,)),  # as good, and surely faster
+        ([(1.0, 1.2, 6), (1.1, 1.3, 5)], (0,)),  # worse, and no faster that is known
+        ([(1.0, 1.2, 6), (1.3, 1.4, 5)], (0, 1)),  # worse, and surely faster
+        ([(1.0, 1.2, 6), (1.1, 1.4, 5), (1.3, 1.5, 4)], (0, 2)),  # only what is beaten meets the fastest
+    ],
+)
+def test_front_is_decided_beyond_the_intervals(values, on_the_front):
+    assert front(values) == on_the_front
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_none_on_the_front_beats_another_and_every_other_is_beaten_by_one_on_it(values):
+    values = [(min(ends), max(ends), y) for *ends, y in values]
+    found = front(values)
+
+    def beaten(index):
+        low, high, y = values[index]
+        better = ((values[other][0], values[other][1], values[other][2]) for other in found)
+        return any((top >= low and level > y) or (bottom > high and level == y) for bottom, top, level in better)
+
+    assert [index for index in range(len(values)) if not beaten(index)] == list(found)
 
 
 def test_staircase_goes_along_y_and_then_along_x():
@@ -115,7 +147,7 @@ def boxes(placed, height, width):
     st.sampled_from([NARROWEST, 600, 1200]),
 )
 def test_labels_name_every_point_once_and_never_meet(points, width):
-    placed = labels(points, height=260)
+    placed = labels(points, range(1, len(points) + 1), height=260)
     named = []
     for label in placed:
         for run in label.text.split(", "):
@@ -126,6 +158,11 @@ def test_labels_name_every_point_once_and_never_meet(points, width):
     for index, (left, top, right, bottom) in enumerate(found):
         for other in found[:index]:
             assert left >= other[2] or other[0] >= right or top >= other[3] or other[1] >= bottom
+
+
+def test_only_the_numbers_that_are_asked_for_are_placed():
+    placed = labels([(10.0, 50.0), (50.0, 50.0), (90.0, 50.0)], [1, 3], height=260)
+    assert [(label.text, label.x) for label in placed] == [("1", 10.0), ("3", 90.0)]
 
 
 def test_numbers_in_a_row_are_written_as_a_range():

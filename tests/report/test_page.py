@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from example_page import everything
-from example_report import ACCURACY, LOSS, chain, latency, report, row
+from example_report import ACCURACY, chain, report, row
 
 from compressor.report.json import read_report
 from compressor.report.page import to_html
@@ -218,14 +218,6 @@ def test_loss_that_some_epochs_lack_is_drawn_in_pieces():
     losses = ({"a": 1.0}, {"a": 0.9, "b": 1.0}, {}, {"a": 0.5, "b": 0.5})
     html = to_html(report(row("distillation").model_copy(update={"losses": losses})))
     assert html.count("<polyline") == 4
-
-
-def test_lower_values_of_a_loss_are_on_the_front():
-    rows = [row("a", metrics={"loss": 0.5}), row("b", metrics={"loss": 0.4}, timed=latency(2.0))]
-    html = to_html(report(*rows, metrics=(LOSS,)))
-    assert "lower is better" in html
-    front = html.partition("on the Pareto front</span>")[2].partition("</table>")[0]
-    assert re.findall(r"<span>(yes|no)</span>", front) == ["no", "yes"]
 
 
 def test_models_that_were_not_timed_do_not_stop_the_page():

@@ -1,0 +1,39 @@
+from example_report import ACCURACY, LOSS, latency, report, row
+
+from compressor.report.pictures import tradeoff_picture
+
+
+def front_of(*rows, metric=ACCURACY):
+    picture = tradeoff_picture(report(*rows, metrics=(metric,)))
+    return [line[-1] for line in picture.table[1:]]
+
+
+def test_stages_that_are_as_good_and_as_fast_within_the_noise_are_both_on_the_front():
+    assert front_of(row("a"), row("b", timed=latency(4.0, 0.02)), row("c", timed=latency(4.01, 0.02))) == [
+        "no",
+        "yes",
+        "yes",
+    ]
+
+
+def test_lower_values_of_a_loss_are_on_the_front():
+    rows = row("a", metrics={"loss": 0.5}), row("b", metrics={"loss": 0.4}, timed=latency(2.0))
+    assert front_of(*rows, metric=LOSS) == ["no", "yes"]
+    assert "lower is better" in tradeoff_picture(report(*rows, metrics=(LOSS,))).drawing.y_title
+
+
+def test_front_is_told_in_words_beside_the_drawing():
+    picture = tradeoff_picture(report(row("a"), row("b", timed=latency(2.0))))
+    assert picture.drawing.key == ("a", "b, on the front")
+
+
+def test_baseline_is_named_and_not_compared_with_itself():
+    picture = tradeoff_picture(report(row("a"), row("b", timed=latency(2.0))))
+    assert [line[2] for line in picture.table[1:]] == ["the baseline", "2.00x faster [1.98, 2.02]"]
+
+
+def test_of_many_stages_only_those_on_the_front_are_numbered_in_the_drawing():
+    rows = [row(f"stage {number}", timed=latency(1.5**number)) for number in range(21)]
+    few, many = (tradeoff_picture(report(*rows[:count])).drawing.labels for count in (20, 21))
+    assert len(few) > 1
+    assert [label.text for label in many] == ["21"]
