@@ -6,10 +6,16 @@ from typing import Any
 
 from compressor.report.measurements import Latency, MetricInfo
 
+_JOINERS = "\u200c\u200d"
+"""Zero width, to keep letters apart or together: ordinary in Persian and in Indian scripts, and within emoji."""
+
 
 def printable(text: str) -> str:
     """`text` on one line, with ? for each character that a terminal would obey: control, escape, text direction."""
-    return "".join("?" if unicodedata.category(character)[0] == "C" else character for character in text)
+    return "".join(
+        "?" if unicodedata.category(character)[0] == "C" and character not in _JOINERS else character
+        for character in text
+    )
 
 
 def size(size_bytes: int) -> str:
@@ -49,7 +55,7 @@ def milliseconds(latency_ms: float) -> str:
 
 def share(part: float) -> str:
     """A share in [0, 1] as a percentage."""
-    return f"{100 * part:.2f} %"
+    return f"{_percentage(part)} %"
 
 
 def value(metric: MetricInfo, found: float) -> str:
@@ -62,7 +68,7 @@ def value(metric: MetricInfo, found: float) -> str:
 def change(metric: MetricInfo, before: float, after: float) -> str:
     """The change of a metric with its sign; shares in percentage points."""
     if metric.unit == "%":
-        return f"{100 * (after - before):+.2f} points"
+        return f"{_percentage(after - before, '+')} points"
     return f"{after - before:+.3g} {printable(metric.unit)}".rstrip()
 
 
@@ -87,6 +93,11 @@ def _fact(found: Any) -> str:
 def factor(ratio: float) -> str:
     """A ratio to three digits, and a fourth near 1, where it makes the difference."""
     return f"{ratio:.3f}" if 0.9 < ratio < 1.1 else _three_digits(ratio)
+
+
+def _percentage(part: float, sign: str = "") -> str:
+    """To two decimals; to four digits beyond a million, as a metric may call any number a share."""
+    return f"{100 * part:{sign}{'.2f' if abs(part) < 1e4 else '.4g'}}"
 
 
 def _three_digits(number: float) -> str:

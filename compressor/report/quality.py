@@ -35,7 +35,7 @@ def quality_cells(report: Report) -> list[list[str]]:
     before, after = (
         {**quality_figures(found), **fidelity_figures(to)} for found, to in ((baseline, same), (delivered, fidelity))
     )
-    return [["", "baseline", "delivered"], *([name, before[name], after[name]] for name in before)]
+    return [["figure", "baseline", "delivered"], *([name, before[name], after[name]] for name in before)]
 
 
 def quality_figures(quality: Quality) -> dict[str, str]:

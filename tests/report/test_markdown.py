@@ -105,7 +105,7 @@ def test_classifiers_are_compared_figure_by_figure():
     assert "for 98.32 % of the 9,990 test samples" in lines[1]
     table = [line for line in lines if line.startswith("| ")][:7]
     assert table == [
-        "|  | baseline | delivered |",
+        "| figure | baseline | delivered |",
         "| top-1 accuracy | 99.00 % | 98.00 % |",
         "| top-5 accuracy | 99.91 % | 99.91 % |",
         "| macro-F1 | 98.90 % | 97.90 % |",

@@ -54,6 +54,11 @@ def test_metrics_have_their_unit_and_shares_are_percentages():
     assert value(MetricInfo(name="f1", unit="", higher_is_better=True), 0.5) == "0.5"
 
 
+def test_shares_beyond_a_million_percent_have_few_digits():
+    assert (value(ACCURACY, 9999.0), value(ACCURACY, 1e300)) == ("999900.00 %", "1e+302 %")
+    assert change(ACCURACY, 0.0, -1e300) == "-1e+302 points"
+
+
 def test_the_table_is_aligned_and_has_the_figures_of_each_row():
     lines = to_table(chain()).splitlines()
     assert lines[0].split("  ")[0] == "stage"
@@ -189,6 +194,8 @@ def test_names_cannot_command_the_terminal():
 
 def test_letters_of_other_scripts_are_printable():
     assert printable("präzision 精度") == "präzision 精度"
+    joined = "می\u200cروم 👩\u200d🚀"  # a Persian word, and an astronaut: a woman and a rocket
+    assert printable(joined) == joined
 
 
 def test_slower_int8_is_told_how_to_stay_fast():
