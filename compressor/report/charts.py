@@ -67,15 +67,19 @@ class Scale:
         return ()
 
 
-def spanning(values: Sequence[float], *, least: float = 0.0, logarithmic: bool = False) -> Scale:
-    """Fit a scale to `values`, at least one, with some room at its ends; `least` is the least span of a linear one."""
+def spanning(values: Sequence[float], *, least: float | None = None, logarithmic: bool = False) -> Scale:
+    """Fit a scale to `values`, at least one, with some room at its ends.
+
+    `least` is the least span of a linear one; unless given, four digits tell its ticks apart.
+    """
     smallest = 1 / _EXTREME if logarithmic else -_EXTREME
     low, high = (min(max(value, smallest), _EXTREME) for value in (min(values), max(values)))
     if logarithmic:
         room = max((high / low) ** _PADDING, 1.05)
         return Scale(low / room, high * room, logarithmic=True)
+    largest = max(abs(low), abs(high))
     # a span too small for the digits of the values has no ticks
-    span = max(high - low, least, 1e-6 * max(abs(low), abs(high))) or 1.0
+    span = max(high - low, 0.01 * largest if least is None else least, 1e-6 * largest) or 1.0
     room = (span - (high - low)) / 2 + _PADDING * span
     return Scale(low - room, high + room)
 

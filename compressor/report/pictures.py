@@ -170,7 +170,7 @@ def _tradeoff_plot(
 ) -> Plot:
     ratios = [ratio for latency, _ in found for ratio in (latency.ratio_low, latency.ratio_high)]
     x = charts.spanning(ratios, logarithmic=charts.spans_orders(ratios, factor=4))
-    y = charts.spanning([reached for _, reached in found], least=0.004 if metric.unit == "%" else 0.0)
+    y = charts.spanning([reached for _, reached in found], least=0.004 if metric.unit == "%" else None)
     points = [(x.at(latency.ratio), _down(y.at(reached))) for latency, reached in found]
     marks = tuple(
         Mark(*point, x.at(latency.ratio_low), x.at(latency.ratio_high), index in best)
@@ -203,7 +203,8 @@ def _loss_picture(title: str, losses: Sequence[float]) -> Picture:
         elif segments[-1]:
             segments.append([])
     (_, begun), (last, ended) = known[0], known[-1]
-    end = x.at(last), _down(y.at(ended))
+    # a line through one point would not be seen
+    marked = {segment[0] for segment in segments if len(segment) == 1} | {(x.at(last), _down(y.at(ended)))}
     listed = charts.thinned(known, MOST_EPOCHS)
     plot = Plot(
         _FLAT,
@@ -211,10 +212,11 @@ def _loss_picture(title: str, losses: Sequence[float]) -> Picture:
         "loss, logarithmic" if logarithmic else "loss",
         tuple(tick for tick in _ticks(x, "{:.10g}".format) if "." not in tick.text),
         _heights(y, "{:.4g}".format),
-        tuple(charts.path(segment) for segment in segments if segment),
-        (Mark(*end, *(end[0], end[0]), strong=True),),
+        tuple(charts.path(segment) for segment in segments if len(segment) > 1),
+        tuple(Mark(*point, point[0], point[0], strong=True) for point in sorted(marked)),
     )
-    described = f"{begun:.4g} to {ended:.4g} in {count(len(losses), 'epoch')}"
+    some = "" if len(known) == len(losses) else f"{len(known):,} of "
+    described = f"{begun:.4g} to {ended:.4g} in {some}{count(len(losses), 'epoch')}"
     table = [["epoch", "loss"], *([str(epoch), f"{loss:.4g}"] for epoch, loss in listed)]
     return Picture(title, described, plot, table, more_rows=left_out(len(known) - len(listed), "epochs"))
 
@@ -255,7 +257,7 @@ def _heights(scale: charts.Scale, text: Callable[[float], str]) -> tuple[Tick, .
 
 
 def _percent(tick: float) -> str:
-    return f"{100 * tick:g} %"
+    return f"{100 * tick:.10g} %"
 
 
 def _down(percent: float) -> float:

@@ -75,6 +75,13 @@ def test_least_span_keeps_the_noise_of_equal_values_small():
     assert scale.at(0.9901) - scale.at(0.99) < 3
 
 
+@given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=5), st.sampled_from([1.0, 1e-3, 1e-9]))
+def test_four_digits_tell_ticks_apart(values, spread):
+    nearly_equal = [values[0] + spread * (value - values[0]) for value in values]
+    ticks = spanning(nearly_equal).ticks(5)
+    assert len({f"{tick:.4g}" for tick in ticks}) == len(ticks)
+
+
 def test_values_span_orders_only_if_all_are_positive():
     assert spans_orders([0.1, 2.0], factor=20)
     assert not spans_orders([0.11, 2.0], factor=20)

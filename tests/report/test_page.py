@@ -214,12 +214,6 @@ def test_loss_that_falls_by_orders_is_drawn_on_a_logarithmic_scale():
     assert steps == pytest.approx([steps[0]] * 3, abs=0.02)  # coordinates have two decimals
 
 
-def test_loss_that_some_epochs_lack_is_drawn_in_pieces():
-    losses = ({"a": 1.0}, {"a": 0.9, "b": 1.0}, {}, {"a": 0.5, "b": 0.5})
-    html = to_html(report(row("distillation").model_copy(update={"losses": losses})))
-    assert html.count("<polyline") == 4
-
-
 def test_models_that_were_not_timed_do_not_stop_the_page():
     assert "Trade-off" not in to_html(report(row("a"), row("b", timed=None), metrics=(ACCURACY,)))
 

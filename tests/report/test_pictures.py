@@ -1,6 +1,7 @@
+import pytest
 from example_report import ACCURACY, LOSS, latency, report, row
 
-from compressor.report.pictures import tradeoff_picture
+from compressor.report.pictures import loss_pictures, tradeoff_picture
 
 
 def front_of(*rows, metric=ACCURACY):
@@ -37,3 +38,22 @@ def test_of_many_stages_only_those_on_the_front_are_numbered_in_the_drawing():
     few, many = (tradeoff_picture(report(*rows[:count])).drawing.labels for count in (20, 21))
     assert len(few) > 1
     assert [label.text for label in many] == ["21"]
+
+
+def loss_picture(*losses):
+    (picture,) = loss_pictures(report(row("training").model_copy(update={"losses": losses})))
+    return picture
+
+
+@pytest.mark.parametrize("losses", [(0.5,), (0.69315, 0.69314, 0.69313), (0.0, 0.0), (1e9, 1e9 + 1)])
+def test_gridlines_have_different_labels_however_little_a_loss_changes(losses):
+    ticks = loss_picture(*({"kd": loss} for loss in losses)).drawing.y_ticks
+    texts = [tick.text for tick in ticks]
+    assert len(texts) == len(set(texts)) > 0
+
+
+def test_loss_is_drawn_in_pieces_where_epochs_lack_it_and_as_a_mark_where_a_piece_is_one_epoch():
+    drawn = loss_picture({"kd": 5.0}, {"kd": 4.0}, {}, {"kd": 3.0}, {}, {}, {"kd": 2.0}, {"kd": 1.0}, {})
+    assert len(drawn.drawing.lines) == 2
+    assert [mark.x for mark in drawn.drawing.marks] == [37.5, 87.5]  # of nine epochs the fourth, and the last known
+    assert drawn.description == "5 to 1 in 5 of 9 epochs"
