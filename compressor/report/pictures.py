@@ -130,13 +130,6 @@ def class_picture(report: Report) -> Picture | None:
         )
         for index, before, after in shown
     )
-    table = [
-        ["class", "accuracy of the baseline", "of the delivered model", "change"],
-        *(
-            [class_name(index, report), share(before), share(after), change(_SHARE, before, after)]
-            for index, before, after in shown
-        ),
-    ]
     chosen = f"The {len(shown)} classes whose accuracy changed most. " if len(shown) < len(known) else ""
     described = (
         f"{chosen}Share of each class's test samples that are right: a ring is the baseline, a dot is delivered."
@@ -145,7 +138,7 @@ def class_picture(report: Report) -> Picture | None:
         "Accuracy per class",
         described,
         Pairs(pairs, _ticks(axis, _percent, most=3), "baseline", "delivered"),
-        table,
+        _class_table(report, shown),
         left_out(len(known) - len(shown), "classes"),
     )
 
@@ -188,6 +181,27 @@ def _tradeoff_plot(
         charts.labels(points, [index + 1 for index in numbered], height=_TALL),
         key,
     )
+
+
+def _class_table(report: Report, shown: Sequence[tuple[int, float, float]]) -> list[list[str]]:
+    """Accuracies of all rows that have them: of a student too that later stages changed. A class may be unknown."""
+    found = [
+        (name, dict(enumerate(row.quality.per_class_accuracy)))
+        for name, row in zip(row_names(report), report.rows, strict=True)
+        if row.quality and row.quality.per_class_accuracy
+    ]
+    accuracies = [[accuracy_of.get(index) for _, accuracy_of in found] for index, *_ in shown]
+    return [
+        ["class", *(name for name, _ in found), "change, first to last"],
+        *(
+            [
+                class_name(index, report),
+                *("unknown" if accuracy is None else share(accuracy) for accuracy in row),
+                change(_SHARE, before, after),
+            ]
+            for (index, before, after), row in zip(shown, accuracies, strict=True)
+        ),
+    ]
 
 
 def _loss_picture(title: str, losses: Sequence[float]) -> Picture:

@@ -1,7 +1,8 @@
 import pytest
-from example_report import ACCURACY, LOSS, latency, report, row
+from example_page import everything
+from example_report import ACCURACY, LOSS, latency, quality, report, row
 
-from compressor.report.pictures import loss_pictures, tradeoff_picture
+from compressor.report.pictures import class_picture, loss_pictures, tradeoff_picture
 
 
 def front_of(*rows, metric=ACCURACY):
@@ -57,3 +58,12 @@ def test_loss_is_drawn_in_pieces_where_epochs_lack_it_and_as_a_mark_where_a_piec
     assert len(drawn.drawing.lines) == 2
     assert [mark.x for mark in drawn.drawing.marks] == [37.5, 87.5]  # of nine epochs the fourth, and the last known
     assert drawn.description == "5 to 1 in 5 of 9 epochs"
+
+
+def test_table_of_classes_has_every_stage_that_was_judged_per_class():
+    found = everything()
+    student = found.rows[1].model_copy(update={"quality": quality(0.875)})
+    table = class_picture(found.model_copy(update={"rows": (found.rows[0], student, *found.rows[2:])})).table
+    assert table[0] == ["class", "training", "distillation", "int8_ptq", "change, first to last"]
+    assert [line[2] for line in table[1:4]] == ["87.50 %", "unknown", "50.00 %"]
+    assert table[1][0] == "class 0 (0)"
