@@ -247,3 +247,16 @@ def test_text_stands_out_from_its_ground_in_light_and_dark():
             for text in ("text", "muted", "strong", "other"):
                 bright, dim = sorted((luminance(colors[ground]), luminance(colors[text])), reverse=True)
                 assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ground, text)  # WCAG 2.2, 1.4.3
+def test_line_of_an_interval_lies_on_the_ground_and_not_on_its_bar():
+    """On its bar it would have a contrast of 2.5; on the ground both it and the bar are tested below."""
+    drawn = re.findall(r"<svg aria-hidden.*?</svg>", to_html(chain()), re.DOTALL)
+    bars = [bar for bar in drawn if "interval" in bar]
+    assert len(bars) == 4
+    for bar in bars:
+        lines = re.findall(r'<line class="(\w+)" ([^>]*)/>', bar)
+        edges, shown = ([place for name, place in lines if name == wanted] for wanted in ("edge", "interval"))
+        assert edges == shown
+        assert [name for name, _ in lines] == ["edge"] * 3 + ["interval"] * 3
+    assert re.search(r"\.edge \{ stroke: var\(--ground\);", STYLE)
+
+
