@@ -103,7 +103,8 @@ Drawing: TypeAlias = Bars | Pairs | Plot | Columns
 class Picture:
     """A drawing, what it shows in words, and the same as a table.
 
-    `more` says what drawing and table leave out, `more_rows` what the table alone does.
+    `more` says what drawing and table leave out, `more_rows` what the table alone does. The table is folded, and
+    `printed` if it says what neither the drawing nor another table does.
     """
 
     kind: ClassVar[str] = "picture"
@@ -113,3 +114,4 @@ class Picture:
     table: Cells
     more: str = ""
     more_rows: str = ""
+    printed: bool = False

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -19,6 +20,12 @@ from compressor.report.records import Report, Verdict
 from compressor.report.remarks import headline, method, readiness, remarks, row_names
 from compressor.report.reproduction import command, settings
 from compressor.report.table import cells
+
+_WITHIN_A_NUMBER = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|ms|s|dB|nats|points\))(?!\w))|(?<=\d,) (?=[\d.]+\])")
+"""Between a number and its unit, and within an interval, where no line ends; points alone have no room in a column."""
+_HEBREW_TO_ADLAM = r"\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
+_FROM_RIGHT_TO_LEFT = re.compile(rf"[{_HEBREW_TO_ADLAM}](?:[{_HEBREW_TO_ADLAM}\u200c\u200d ]*[{_HEBREW_TO_ADLAM}])?")
+"""Words of scripts that are written from right to left: Hebrew, Arabic and others, up to Adlam."""
 
 
 @dataclass(frozen=True)
@@ -187,18 +194,30 @@ def _present(picture: Picture | None) -> list[Picture]:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("compressor.report"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_harmless,
+        finalize=_typeset,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["harmless"] = _harmless
+    return environment
 
 
-def _harmless(found: Any) -> Any:
-    """Text without control characters, except ends of lines; HTML that the template made of texts has none."""
+def _harmless(text: str) -> str:
+    """`text` without control characters, except ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _typeset(found: Any) -> Any:
+    """Text for people: harmless, and numbers stay whole; HTML that the template made of texts is that already.
+
+    Words from right to left are isolated (UAX 9): what follows would else be ordered with them, and `98 % to 97 %` read
+    as 97 to 98.
+    """
     if isinstance(found, str) and not hasattr(found, "__html__"):
-        return "\n".join(map(printable, found.split("\n")))
+        whole = _WITHIN_A_NUMBER.sub("\u00a0", _harmless(found))
+        return _FROM_RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", whole)
     return found

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from example_report import ACCURACY, chain, report, row
 from compressor.report.json import read_report
 from compressor.report.page import to_html
 from compressor.report.remarks import headline, remarks
+from compressor.report.reproduction import command
 
 ROOT = Path(__file__).parents[2]
 STYLE = (ROOT / "compressor/report/templates/page.css").read_text()
@@ -123,6 +125,7 @@ def test_tables_have_captions_and_headings_with_scope():
     page = Page(to_html(everything()))
     assert len(page.having("table")) == len(page.having("caption"))
     assert {found["scope"] for found in page.having("th")} == {"col", "row"}
+    assert "<span></span></th>" not in to_html(everything())
 
 
 def test_regions_that_scroll_can_be_reached_by_keyboard():
@@ -150,6 +153,25 @@ def test_hostile_names_stay_text():
         "size_ratio is 5",
     ):
         assert name + shown in said
+
+
+def test_numbers_after_names_from_right_to_left_keep_their_order():
+    accuracy, pruning = "דיוק", "גיזום שני"
+    html = to_html(everything(lambda name: {"accuracy": accuracy, "pruning": pruning}.get(name, name)))
+    accuracy, pruning = (f"\u2068{name}\u2069" for name in (accuracy, pruning))
+    assert f"{accuracy} 99.12\u00a0% to 98.40\u00a0%" in html
+    assert f"{pruning} has a lower {accuracy} than" in html
+
+
+def test_numbers_stay_beside_their_units_and_intervals_stay_whole():
+    html = to_html(everything())
+    for whole in ("1.00\u00a0MB", "0.0152\u00a0ms, 6.60x faster [6.53,\u00a06.67]", "(-0.51\u00a0points)"):
+        assert whole in html
+
+
+def test_commands_are_shown_as_they_are_copied():
+    found = everything().model_copy(update={"pipeline": "גיזום 5 MB"})
+    assert f"<code>{escape(command(found)).replace('&#x27;', '&#39;')}</code>" in to_html(found)
 
 
 def test_control_characters_do_not_reach_the_page():
@@ -238,15 +260,6 @@ def luminance(color: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_text_stands_out_from_its_ground_in_light_and_dark():
-    schemes = re.findall(r"--ground: (#\w{6}).*?--raised: (#\w{6}).*?--other: #\w{6};", STYLE, re.DOTALL)
-    assert len(schemes) == 2
-    for block in re.findall(r":root \{([^}]*--ground: #\w{6}[^}]*)\}", STYLE):
-        colors = dict(re.findall(r"--(\w+): (#\w{6});", block))
-        for ground in ("ground", "raised"):
-            for text in ("text", "muted", "strong", "other"):
-                bright, dim = sorted((luminance(colors[ground]), luminance(colors[text])), reverse=True)
-                assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ground, text)  # WCAG 2.2, 1.4.3
 def test_line_of_an_interval_lies_on_the_ground_and_not_on_its_bar():
     """On its bar it would have a contrast of 2.5; on the ground both it and the bar are tested below."""
     drawn = re.findall(r"<svg aria-hidden.*?</svg>", to_html(chain()), re.DOTALL)
@@ -260,3 +273,12 @@ def test_line_of_an_interval_lies_on_the_ground_and_not_on_its_bar():
     assert re.search(r"\.edge \{ stroke: var\(--ground\);", STYLE)
 
 
+def test_text_stands_out_from_its_ground_in_light_and_dark():
+    schemes = re.findall(r"--ground: (#\w{6}).*?--raised: (#\w{6}).*?--other: #\w{6};", STYLE, re.DOTALL)
+    assert len(schemes) == 2
+    for block in re.findall(r":root \{([^}]*--ground: #\w{6}[^}]*)\}", STYLE):
+        colors = dict(re.findall(r"--(\w+): (#\w{6});", block))
+        for ground in ("ground", "raised"):
+            for text in ("text", "muted", "strong", "other"):
+                bright, dim = sorted((luminance(colors[ground]), luminance(colors[text])), reverse=True)
+                assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ground, text)  # WCAG 2.2, 1.4.3
