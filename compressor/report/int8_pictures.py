@@ -28,7 +28,7 @@ def noise_picture(name: str, found: Quantization) -> Picture:
         f"{shown_layers(found)}."
     )
     more = left_out(len(found.layers) - len(layers), "layers")
-    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(found), more)
+    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(found), more, printed=True)
 
 
 def range_pictures(found: Quantization) -> tuple[Picture, ...]:

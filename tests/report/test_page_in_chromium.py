@@ -15,13 +15,18 @@ from urllib.parse import quote
 
 import pytest
 from example_page import everything
+from example_report import latency, report, row
 
 from compressor.report.json import read_report
+from compressor.report.measurements import MetricInfo
 from compressor.report.page import to_html
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the command chromium: apt-get install chromium")
+needs_pdftotext = pytest.mark.skipif(
+    shutil.which("pdftotext") is None, reason="needs the command pdftotext: apt-get install poppler-utils"
+)
 
 FAULTS = """<!doctype html><body style="margin: 0">
 <p style="height: 0; margin: 0">first</p><p style="margin: 0">second</p>
@@ -115,14 +120,26 @@ def served() -> Iterator[Site]:
         thread.join()
 
 
-def browsed(address: str, profile: Path) -> tuple[str, str]:
-    """Open an address, and return the document as it then is and what the browser's console said."""
+def chromium(profile: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [CHROMIUM, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     # root must go without a sandbox, and on Ubuntu every user but of the browser's own package; the pages are ours
     command += ["--no-sandbox", "--no-first-run", "--disable-background-networking", "--enable-logging=stderr"]
-    command += ["--dump-dom", address]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, timeout=120)
+
+
+def browsed(address: str, profile: Path) -> tuple[str, str]:
+    """Open an address, and return the document as it then is and what the browser's console said."""
+    finished = chromium(profile, "--dump-dom", address)
     return finished.stdout, "\n".join(line for line in finished.stderr.splitlines() if "CONSOLE" in line)
+
+
+def printed(page: str, directory: Path) -> str:
+    """What paper shows of a page; what lies beyond its edges is left out."""
+    written, paper = directory / "page.html", directory / "page.pdf"
+    written.write_text(page)
+    chromium(directory / "profile", "--no-pdf-header-footer", f"--print-to-pdf={paper}", written.as_uri())
+    shown = subprocess.run(["pdftotext", "-layout", str(paper), "-"], capture_output=True, text=True, check=True)
+    return shown.stdout.replace("\u00a0", " ")
 
 
 def without_policy(page: str) -> str:
@@ -213,3 +230,24 @@ def test_policy_refuses_what_is_put_into_the_page(tmp_path):
     assert "<title>owned" not in document
     for directive in ("script-src", "img-src", "style-src"):
         assert directive in console
+
+
+@needs_pdftotext
+def test_paper_shows_what_is_folded_on_the_screen_unless_a_figure_says_it(tmp_path):
+    paper = printed(to_html(everything()), tmp_path)
+    for shown in ('"stage": "training"', "SQNR of its outputs", "-1.5 to 6.25"):
+        assert shown in paper
+    for hidden in ("As a table", "on the Pareto front\n"):
+        assert hidden not in paper
+
+
+@needs_pdftotext
+def test_paper_has_room_for_four_metrics_and_for_every_digit_of_the_key(tmp_path):
+    metrics = tuple(MetricInfo(name=f"{name} accuracy", unit="%", higher_is_better=True) for name in "abcd")
+    rows = [
+        row(f"pruning_{number}", metrics={one.name: 0.9 - 0.01 * number for one in metrics}, timed=latency(1 + number))
+        for number in range(12)
+    ]
+    paper = printed(to_html(report(*rows, metrics=metrics)), tmp_path)
+    assert [line.count("-11.00") for line in paper.splitlines() if line.count("79.00 %") == 4] == [4]
+    assert "12. pruning_11, on the front" in " ".join(paper.split())
