@@ -2,13 +2,14 @@
 
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]  # comes without type information
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.checker import ValidationError
 from onnx.helper import get_attribute_value
 from onnx.inliner import inline_local_functions
@@ -17,6 +18,8 @@ MOST_FILE_BYTES = 2 << 30
 """A protobuf message holds no more, and is read into memory before that shows."""
 MOST_BYTES = 16 << 30
 """With external data: such a model is beyond edge devices, and is read, counted and compressed for many minutes."""
+MOST_INLINED_NODES = 10**6
+"""Of its functions: two that call each other twice, thirty deep, make a file of 2 kB a graph that fills any memory."""
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 
@@ -36,12 +39,9 @@ def load_graph(path: Path) -> ModelProto:
         model = onnx.load(path, format="protobuf", load_external_data=False)
         _check_text(model)
         if model.functions:
-            model = inline_local_functions(model)
+            model = _inlined(model)
     except DecodeError as error:
         msg = "it is not a protobuf message"
-        raise ValueError(msg) from error
-    except ValidationError as error:
-        msg = f"its functions cannot be inlined: {error}"
         raise ValueError(msg) from error
     if not model.graph.node:
         msg = "its graph has no nodes"
@@ -116,6 +116,61 @@ def input_names(model: ModelProto) -> tuple[str, ...]:
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """Value of an attribute of the node, or `default` where it is not given."""
     return next((get_attribute_value(given) for given in node.attribute if given.name == name), default)
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    """The model with each call of a function replaced by the nodes of the function."""
+    _check_inlined_size(model)
+    try:
+        inlined = inline_local_functions(model)
+    except (ValidationError, RuntimeError) as error:  # RuntimeError where a call gives more inputs than there are
+        msg = f"its functions cannot be inlined: {error}"
+        raise ValueError(msg) from error
+    called = {_identity(node) for node in _with_nested(inlined.graph.node)}
+    for function in (function for function in inlined.functions if _identity(function) in called):
+        opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in function.opset_import)
+        msg = f"a function must use the opsets of its model, got {opsets} for {f'{function.domain}.{function.name}'!r}"
+        raise ValueError(msg)
+    return inlined
+
+
+def _check_inlined_size(model: ModelProto) -> None:
+    """Refuse functions that call themselves, or that are called so often that too many nodes would come of them."""
+    bodies = {_identity(function): list(_with_nested(function.node)) for function in model.functions}
+    callees = {name: {_identity(node) for node in body} & bodies.keys() for name, body in bodies.items()}
+    sizes: dict[tuple[str, str, str], int] = {}
+    try:
+        for name in TopologicalSorter(callees).static_order():
+            # a constant that many calls repeat fills memory too
+            sizes[name] = sum(1 + node.ByteSize() // 1000 + sizes.get(_identity(node), 0) for node in bodies[name])
+            _check_inlined_nodes(sizes[name])
+    except CycleError as error:
+        msg = f"its functions must not call themselves, as {error.args[1][0][1]!r} does"
+        raise ValueError(msg) from error
+    _check_inlined_nodes(sum(sizes.get(_identity(node), 0) for node in _with_nested(model.graph.node)))
+
+
+def _check_inlined_nodes(count: int) -> None:
+    if count > MOST_INLINED_NODES:
+        msg = (
+            f"its functions, written out at each call, must have at most {MOST_INLINED_NODES:,} nodes, of which 1 kB "
+            f"of constants counts as one, got {count:,}"
+        )
+        raise ValueError(msg)
+
+
+def _identity(called: FunctionProto | NodeProto) -> tuple[str, str, str]:
+    """What tells a function from others, of the function or of a node that calls it."""
+    return called.domain, called.name if isinstance(called, FunctionProto) else called.op_type, called.overload
+
+
+def _with_nested(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes, and all in graphs of their attributes."""
+    for node in nodes:
+        yield node
+        for given in node.attribute:
+            for graph in (given.g, *given.graphs):
+                yield from _with_nested(graph.node)
 
 
 def _check_size(size_bytes: int, most: int, what: str) -> None:

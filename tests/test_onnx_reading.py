@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_function, make_graph, make_node, make_opsetid, make_sparse_tensor, make_tensor_value_info
 
 from compressor.errors import InputError
@@ -164,15 +164,61 @@ def test_operator_of_onnx_or_onnx_runtime_is_taken(tmp_path, domain):
     assert load_graph(tmp_path / "model.onnx").graph.node[0].domain == domain
 
 
-def test_function_that_calls_itself_is_refused(tmp_path):
-    model, opsets = relu("mine", "F"), [make_opsetid("", 21), make_opsetid("mine", 1)]
-    model.opset_import.append(opsets[1])
-    model.functions.append(
-        make_function("mine", "F", ["a"], ["b"], [make_node("F", ["a"], ["b"], domain="mine")], opsets)
-    )
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match="functions cannot be inlined"):
+def calling(name: str, given: list[str], functions: list[FunctionProto]) -> ModelProto:
+    """A model that calls one of its functions."""
+    model = graph_model(make_node(name, given, ["y"], domain="mine"), weights={}, shape=("n", 4))
+    model.opset_import.append(make_opsetid("mine", 1))
+    model.functions.extend(functions)
+    return model
+
+
+def function(name: str, *nodes: NodeProto, opset: int = 21) -> FunctionProto:
+    """From a to b, which the last of `nodes` gives."""
+    return make_function("mine", name, ["a"], ["b"], nodes, [make_opsetid("", opset), make_opsetid("mine", 1)])
+
+
+def twice(name: str) -> list[NodeProto]:
+    """Two calls of a function, one after the other."""
+    return [make_node(name, ["a"], ["m"], domain="mine"), make_node(name, ["m"], ["b"], domain="mine")]
+
+
+RELU = function("F0", make_node("Relu", ["a"], ["b"]))
+MEGABYTE = numpy_helper.from_array(np.zeros(1_000_000, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("functions", "given", "message"),
+    [
+        ([function("F0", make_node("F0", ["a"], ["b"], domain="mine"))], ["x"], "not call themselves, as 'F0' does"),
+        ([RELU, *(function(f"F{i}", *twice(f"F{i - 1}")) for i in range(30, 0, -1))], ["x"], "at most 1,000,000 nodes"),
+        (
+            [
+                function("F0", make_node("Constant", [], ["b"], value=MEGABYTE)),
+                *(function(f"F{i}", *twice(f"F{i - 1}")) for i in range(1, 31)),
+            ],
+            ["x"],
+            "of which 1 kB of constants counts as one",
+        ),
+        ([RELU], ["x", "x"], "cannot be inlined: .*Number of actual parameters cannot exceed"),
+        (
+            [function("F0", make_node("Relu", ["a"], ["b"]), opset=9)],
+            ["x"],
+            "the opsets of its model, got ai.onnx 9, mine 1 for 'mine.F0'",
+        ),
+    ],
+    ids=["recursive", "doubled 30 times", "large constant", "too many inputs", "older opset"],
+)
+def test_functions_that_cannot_be_written_out_are_refused(tmp_path, functions, given, message):
+    last = "F30" if len(functions) > 1 else "F0"
+    (tmp_path / "model.onnx").write_bytes(calling(last, given, functions).SerializeToString())
+    with pytest.raises(ValueError, match=message):
         load_graph(tmp_path / "model.onnx")
+
+
+def test_functions_are_written_out_at_each_call_and_those_without_a_call_are_not(tmp_path):
+    functions = [function("F1", *twice("F0")), RELU, function("Unused", make_node("Relu", ["a"], ["b"]), opset=9)]
+    (tmp_path / "model.onnx").write_bytes(calling("F1", ["x"], functions).SerializeToString())
+    assert [node.op_type for node in load_graph(tmp_path / "model.onnx").graph.node] == ["Relu", "Relu"]
 
 
 def test_file_that_is_larger_than_a_protobuf_message_is_not_read(tmp_path):
