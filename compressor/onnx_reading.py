@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]  # comes without type information
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs
 from onnx.checker import ValidationError
 from onnx.helper import get_attribute_value
 from onnx.inliner import inline_local_functions
@@ -29,7 +29,7 @@ def load_graph(path: Path) -> ModelProto:
 
     The file is not trusted. Raises ValueError or OSError unless it is a regular file that holds a model with nodes, of
     at most `MOST_FILE_BYTES`, of at most `MOST_BYTES` with external data that `external_files` accepts, and every
-    operator is of ONNX or ONNX Runtime itself.
+    operator is of ONNX or ONNX Runtime itself and, as far as onnx knows it, has the operands that it needs.
     """
     if not path.is_file():
         msg = "it is not there, or no regular file"
@@ -47,6 +47,7 @@ def load_graph(path: Path) -> ModelProto:
         msg = "its graph has no nodes"
         raise ValueError(msg)
     _check_domains(model)
+    _check_operands(model)
     files = (path, *external_files(model, path.parent))
     _check_size(sum(file.stat().st_size for file in files), MOST_BYTES, "a file with its external data")
     return model
@@ -199,6 +200,27 @@ def _check_domains(model: ModelProto) -> None:
                 known = ", ".join(sorted(filter(None, _DOMAINS)))
                 msg = f"operators must be of the domains {known}, got {f'{node.domain}.{node.op_type}'!r}"
                 raise ValueError(msg)
+
+
+def _check_operands(model: ModelProto) -> None:
+    """Refuse an operand left out that its operator needs: at some of them ONNX Runtime ends the process."""
+    versions = {_schema_domain(opset.domain): opset.version for opset in model.opset_import}
+    for node in _with_nested(model.graph.node):
+        domain = _schema_domain(node.domain)
+        known = (node.op_type, versions.get(domain, 0), domain)
+        if "" not in node.input or not defs.has(*known):
+            continue
+        parameters = list(defs.get_schema(*known).inputs)
+        parameters += parameters[-1:] * len(node.input)  # the last may be variadic
+        for name, parameter in zip(node.input, parameters, strict=False):
+            if not name and parameter.option != defs.OpSchema.FormalParameterOption.Optional:
+                msg = f"{node.op_type} must have all its operands, got an empty name as {parameter.name!r}"
+                raise ValueError(msg)
+
+
+def _schema_domain(domain: str) -> str:
+    """The domain under which onnx keeps the schemas of `domain`."""
+    return "" if domain == "ai.onnx" else domain
 
 
 def _size_of_own_file(directory: Path, name: str) -> int:

@@ -221,6 +221,36 @@ def test_functions_are_written_out_at_each_call_and_those_without_a_call_are_not
     assert [node.op_type for node in load_graph(tmp_path / "model.onnx").graph.node] == ["Relu", "Relu"]
 
 
+@pytest.mark.parametrize(
+    ("node", "parameter"),
+    [
+        (make_node("Sum", ["x", ""], ["y"]), "data_0"),
+        (make_node("Max", ["x", "x", ""], ["y"], domain="ai.onnx"), "data_0"),
+        (make_node("Einsum", ["x", ""], ["y"], equation="bi,ij->bj"), "Inputs"),
+        (make_node("MatMul", ["x", ""], ["y"]), "B"),
+    ],
+    ids=lambda found: found.op_type if isinstance(found, NodeProto) else "",
+)
+def test_operand_without_which_onnx_runtime_would_end_the_process_is_refused(tmp_path, node, parameter):
+    (tmp_path / "model.onnx").write_bytes(graph_model(node, weights={}, shape=("n", 4)).SerializeToString())
+    with pytest.raises(ValueError, match=f"{node.op_type} must have all its operands, .* as '{parameter}'"):
+        load_graph(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        make_node("Clip", ["x", "", "x"], ["y"]),
+        make_node("MatMulNBits", ["x", ""], ["y"], domain="com.microsoft"),  # whose parameters onnx does not know
+        make_node("Later", ["x", ""], ["y"]),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_operand_that_may_be_left_out_is_not_missed(tmp_path, node):
+    (tmp_path / "model.onnx").write_bytes(graph_model(node, weights={}, shape=("n", 4)).SerializeToString())
+    assert load_graph(tmp_path / "model.onnx").graph.node[0] == node
+
+
 def test_file_that_is_larger_than_a_protobuf_message_is_not_read(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(linear_model(WEIGHT).SerializeToString())
