@@ -155,6 +155,10 @@ def ready_call(path: Path, inputs: _Inputs, *, threads: int) -> Callable[[], obj
     except ERRORS as error:
         msg = f"{path} must run on the inputs that the models are timed on, {timed_on}: {error}"
         raise InputError(msg) from error
+    except RuntimeError as error:
+        given = ", ".join(f"{node.name!r} {node.type}" for node in session.get_outputs())
+        msg = f"{path} must give outputs of types that NumPy has, got {given}: {error}"
+        raise InputError(msg) from error
     return call
 
 

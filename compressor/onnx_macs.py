@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, NodeProto, ValueInfoProto
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressor.onnx_reading import attribute, graphs, input_names, stored_tensors
+from compressor.runtime import CPU, ERRORS
 
 Shape: TypeAlias = tuple[int, ...]
 ShapeOf: TypeAlias = Callable[[str], Shape]
@@ -62,21 +62,12 @@ def _shapes(model: ModelProto, tensors: set[str], inputs: Sequence[Array], direc
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the first bytes look like
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     try:
-        session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(probe.SerializeToString(), options, **CPU)
         outputs = session.run(watched, dict(zip(names, inputs, strict=True)))
-    except _RUN_ERRORS as error:
+    except (*ERRORS, RuntimeError) as error:  # RuntimeError for a type that NumPy lacks, such as bfloat16
         msg = f"it does not run on inputs of {[array.shape for array in inputs]}: {error}"
         raise ValueError(msg) from error
     return shapes | {name: output.shape for name, output in zip(watched, outputs, strict=True)}
-
-
-_RUN_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 
 
 def _conv_macs(node: NodeProto, shape_of: ShapeOf) -> int:

@@ -31,6 +31,9 @@ def load_graph(path: Path) -> ModelProto:
     at most `MOST_FILE_BYTES`, of at most `MOST_BYTES` with external data that `external_files` accepts, and every
     operator is of ONNX or ONNX Runtime itself and, as far as onnx knows it, has the operands that it needs.
     """
+    if re.search("[\ud800-\udfff]", str(path)):  # bytes that are no text
+        msg = "its path must be text in UTF-8, for ONNX Runtime; rename it"
+        raise ValueError(msg)
     if not path.is_file():
         msg = "it is not there, or no regular file"
         raise ValueError(msg)

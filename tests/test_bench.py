@@ -99,6 +99,17 @@ def test_what_cannot_be_counted_is_unknown_and_says_why(tmp_path):
     assert "the products of the node that gives 'y' (ai.onnx.MatMulInteger) are not known" in candidate.uncounted
 
 
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.INT4, TensorProto.FLOAT8E5M2])
+def test_output_of_a_type_that_numpy_lacks_is_named_with_its_file(tmp_path, kind):
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to=kind)]
+    path = save(tmp_path / "m.onnx", nodes, [], {"x": (TensorProto.FLOAT, ("n", 4))}, kind)
+    name = TensorProto.DataType.Name(kind).lower()
+    with pytest.raises(
+        InputError, match=rf"m\.onnx must give outputs of types that NumPy has, got 'y' tensor\({name}\)"
+    ):
+        bench([path], max_seconds=0)
+
+
 def test_file_that_takes_another_batch_is_named_before_anything_is_timed(large, tmp_path, caplog):
     fixed = convolutions(tmp_path / "fixed.onnx", (4, 3), shape=(1, 1, 28, 28))
     with caplog.at_level(logging.INFO), pytest.raises(InputError, match=r"fixed\.onnx must take .* float32 \(8, 1, 28"):

@@ -290,6 +290,25 @@ def test_what_is_no_whole_model_is_refused(tmp_path, content, message):
         load_graph(path)
 
 
+def test_path_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "a\udcff.onnx"
+    path.write_bytes(relu().SerializeToString())
+    with pytest.raises(ValueError, match="its path must be text in UTF-8"):
+        load_graph(path)
+
+
+def test_what_onnx_runtime_says_of_bytes_that_are_no_text_is_an_input_error_and_no_banner(tmp_path, capfd):
+    node = make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=1, direction=b"\xff\xfe")
+    weights = {"w": np.ones((1, 4, 4), np.float32), "r": np.ones((1, 4, 1), np.float32)}
+    model = graph_model(node, weights=weights, shape=("s", 1, 4), rank=4)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        InputError, match=r"model\.onnx must be a model that ONNX Runtime can run: .*codec can't decode"
+    ):
+        open_session(tmp_path / "model.onnx", threads=1)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_file_is_read_as_onnx_whatever_its_name_and_first_bytes_say(tmp_path):
     model = relu()
     model.producer_name = "ORTM"  # where ONNX Runtime looks for the mark of its own format
