@@ -97,9 +97,10 @@ def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
     """Number of stored weights, and of those that are not zero; external data is read from `directory`.
 
     Weights are floating-point tensors and dequantized or 8-bit integers, kept as initializers or in Constant nodes,
-    each counted once however often it is used. Scales and zero points are no weights, nor is a single number unless a
-    layer takes it as its weight or bias: exporters store the literals of a formula so. A quantized weight is zero
-    where it equals its zero point. Of those in blocks of ONNX Runtime's MatMulNBits a byte holds one or more.
+    each counted once however often it is used, those of a function once for each call of it. Scales and zero points are
+    no weights, nor is a single number unless a layer takes it as its weight or bias: exporters store the literals of a
+    formula so. A quantized weight is zero where it equals its zero point. Of those in blocks of ONNX Runtime's
+    MatMulNBits a byte holds one or more. Raises ValueError for what cannot be counted.
     """
     nodes = [node for graph in graphs(model) for node in graph.node]
     uses: dict[str, set[tuple[str, int]]] = {}
@@ -157,7 +158,13 @@ def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, Tenso
     axis = attribute(dequantizer, "axis", 1)
     if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
         block_size = attribute(dequantizer, "block_size", 1)
-        return np.repeat(zero_point, block_size, axis).take(range(shape[axis]), axis)
+        try:
+            spread: Array = zero_point.take(np.arange(shape[axis]) // max(block_size, 1), axis)
+        except IndexError as error:
+            found = f"{zero_point.shape} for blocks of {block_size} along axis {axis} of {shape}"
+            msg = f"weight {dequantizer.input[0]!r} must have a zero point for each block, got {found}"
+            raise ValueError(msg) from error
+        return spread
     if zero_point.ndim == 1 and zero_point.size > 1:
         return zero_point.reshape([-1 if dimension == axis % len(shape) else 1 for dimension in range(len(shape))])
     return zero_point.reshape(())

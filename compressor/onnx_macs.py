@@ -101,7 +101,8 @@ def _einsum_macs(node: NodeProto, shape_of: ShapeOf) -> int:
         raise ValueError(msg)
     sizes: dict[str, int] = {}
     for term, name in zip(terms, node.input, strict=True):
-        sizes |= dict(zip(term, shape_of(name), strict=True))
+        for letter, size in zip(term, shape_of(name), strict=True):
+            sizes[letter] = max(sizes.get(letter, 1), size)  # of an axis that is broadcast, the size it becomes
     return math.prod(sizes.values())
 
 

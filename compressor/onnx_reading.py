@@ -7,9 +7,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]  # comes without type information
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs, numpy_helper
 from onnx.checker import ValidationError
 from onnx.helper import get_attribute_value
 from onnx.inliner import inline_local_functions
@@ -51,7 +52,11 @@ def load_graph(path: Path) -> ModelProto:
         raise ValueError(msg)
     _check_domains(model)
     _check_operands(model)
-    files = (path, *external_files(model, path.parent))
+    external = external_files(model, path.parent)
+    if any(map(path.samefile, external)):
+        msg = "external data must be in a file of its own, got the model itself"
+        raise ValueError(msg)
+    files = (path, *external)
     _check_size(sum(file.stat().st_size for file in files), MOST_BYTES, "a file with its external data")
     return model
 
@@ -96,19 +101,30 @@ def graphs(model: ModelProto) -> Iterator[GraphProto]:
 def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
     """Initializers and values of Constant nodes, by the name under which nodes take them.
 
-    Raises ValueError for a sparse tensor.
+    Raises ValueError for a sparse tensor, and for a name that means another tensor in another graph.
     """
     stored: dict[str, TensorProto] = {}
     for graph in graphs(model):
-        stored |= {tensor.name: tensor for tensor in graph.initializer}
-        for node in graph.node:
-            value = attribute(node, "value", None)
-            if node.op_type == "Constant" and isinstance(value, TensorProto):
-                stored[node.output[0]] = value
         if graph.sparse_initializer or any(attribute(node, "sparse_value", None) for node in graph.node):
             msg = "it holds sparse tensors, which are not counted"
             raise ValueError(msg)
+        for name, tensor in (*((tensor.name, tensor) for tensor in graph.initializer), *_constants(graph)):
+            if stored.get(name, tensor) != tensor:
+                msg = f"two of its graphs hold tensors of one name, {name!r}, which are not told apart"
+                raise ValueError(msg)
+            stored[name] = tensor
     return stored
+
+
+def _constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
+    """Values of Constant nodes, of numbers, by name."""
+    for node in graph.node:
+        if node.op_type == "Constant":
+            for key in ("value", "value_float", "value_floats"):
+                value = attribute(node, key, None)
+                if value is not None:
+                    tensor = value if key == "value" else numpy_helper.from_array(np.array(value, np.float32))
+                    yield node.output[0], tensor
 
 
 def input_names(model: ModelProto) -> tuple[str, ...]:

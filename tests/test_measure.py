@@ -355,6 +355,12 @@ def test_inputs_that_the_file_does_not_take_are_refused(inputs: list[np.ndarray]
         count_macs(model, inputs, Path())
 
 
+def test_products_of_an_axis_that_is_broadcast_are_those_of_its_larger_size():
+    node = make_node("Einsum", ["w", "x"], ["y"], equation="ij,bi->bj")
+    model = graph_model(node, weights={"w": np.ones((4, 6), np.float32)}, shape=("n", 1))
+    assert count_macs(model, [zeros(3, 1)], Path()) == 3 * 4 * 6
+
+
 def test_counting_macs_leaves_the_model_as_it_was():
     model = linear_model(np.ones((4, 4), np.float32))
     before = model.SerializeToString(deterministic=True)
@@ -377,10 +383,17 @@ def test_weight_that_two_layers_share_is_counted_once():
     assert counted(graph_model(*nodes, weights={"w": np.ones((4, 4), np.float32)}, shape=("n", 4))) == (16, 16)
 
 
-def test_weight_in_a_constant_node_is_counted():
-    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32))
-    nodes = [make_node("Constant", [], ["w"], value=weight), make_node("MatMul", ["x", "w"], ["y"])]
-    assert counted(graph_model(*nodes, weights={}, shape=("n", 4))) == (16, 4)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"value": numpy_helper.from_array(np.eye(4, dtype=np.float32))}, (16, 4)),
+        ({"value_floats": [1.0, 0.0, 2.0, 3.0]}, (4, 3)),
+    ],
+    ids=["tensor", "floats"],
+)
+def test_weight_in_a_constant_node_is_counted(value: dict[str, object], expected: tuple[int, int]):
+    nodes = [make_node("Constant", [], ["w"], **value), make_node("MatMul", ["x", "w"], ["y"])]
+    assert counted(graph_model(*nodes, weights={}, shape=("n", 4))) == expected
 
 
 def test_weights_inside_control_flow_are_counted():
@@ -390,6 +403,17 @@ def test_weights_inside_control_flow_are_counted():
     node = make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
     model = graph_model(node, weights={"yes": np.array(True)}, shape=(4, 4))
     assert counted(model) == (16, 16)
+
+
+def test_branches_with_one_name_for_two_weights_are_not_counted():
+    def branch(rows: int) -> onnx.GraphProto:
+        weight = numpy_helper.from_array(np.ones((rows, 4), np.float32), "inner")
+        value = make_tensor_value_info("z", TensorProto.FLOAT, None)
+        return make_graph([make_node("Add", ["x", "inner"], ["z"])], "branch", [], [value], [weight])
+
+    node = make_node("If", ["yes"], ["y"], then_branch=branch(1), else_branch=branch(4))
+    with pytest.raises(ValueError, match="two of its graphs hold tensors of one name, 'inner'"):
+        counted(graph_model(node, weights={"yes": np.array(True)}, shape=(4, 4)))
 
 
 def test_shape_constants_and_literals_are_no_parameters():
@@ -444,6 +468,18 @@ def test_quantized_weight_is_zero_where_onnx_dequantizes_it_to_zero(
     assert 0 < np.count_nonzero(dequantized) < 24
     assert counted(model) == (24, np.count_nonzero(dequantized))
     assert count_macs(model, [zeros(1, 6)], Path()) == 24
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [({"axis": 0}, r"got \(3, 4\) for blocks of 1 along axis 0 of \(6, 4\)"), ({"axis": 2}, "got .* along axis 2 of")],
+    ids=["too few", "no such axis"],
+)
+def test_quantized_weight_with_zero_points_that_do_not_fit_it_is_not_counted(attributes: dict[str, int], message: str):
+    weight, zero_point = np.ones((6, 4), np.int8), np.ones((3, 4), np.int8)
+    model = dequantized_linear(weight, np.ones((3, 4), np.float32), zero_point, **attributes)
+    with pytest.raises(ValueError, match=f"weight 'w8' must have a zero point for each block, {message}"):
+        counted(model)
 
 
 def test_quantized_bias_is_counted_and_four_bit_weights_are():

@@ -57,6 +57,7 @@ def test_external_data_of_its_own_is_found(tmp_path):
         ([("location", "/etc/hostname")], "must lie beside the model"),
         ([("location", "*/_ORT_MEM_ADDR_/*"), ("offset", "4096"), ("length", "64")], "must lie beside the model"),
         ([("location", "model.onnx.data"), ("location", "../secret")], "by each key once"),
+        ([("location", "model.onnx"), ("length", "64")], "in a file of its own, got the model itself"),
         ([("location", "model.onnx.data"), ("offset", "8"), ("length", "64")], "has 64 bytes, got an end at 72"),
         ([("location", "model.onnx.data"), ("offset", "65")], "has 64 bytes, got an end at 65"),
         ([("location", "model.onnx.data"), ("offset", "-4")], "whole numbers"),
