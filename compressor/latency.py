@@ -145,7 +145,9 @@ def ready_call(path: Path, inputs: _Inputs, *, threads: int) -> Callable[[], obj
     wanted = signature(session, path)
     arrays = arranged(inputs, wanted)
     timed_on = ", ".join(described(array.dtype, array.shape) for array in arrays)
-    if len(wanted) != len(arrays) or not all(one.takes(array) for one, array in zip(wanted, arrays, strict=True)):
+    if len(wanted) != len(arrays) or not all(
+        one.takes(array.dtype, array.shape) for one, array in zip(wanted, arrays, strict=True)
+    ):
         taken = ", ".join(map(str, wanted))
         msg = f"{path} must take the inputs that the models are timed on, {timed_on}, got {taken}"
         raise InputError(msg)

@@ -1,12 +1,14 @@
 """What an ONNX file takes: its inputs, and arrays for them, made up or read from a file; knows no torch."""
 
 import lzma
+import math
+import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -34,8 +36,24 @@ _DTYPES = {
 }
 """All types of numbers that NumPy has too."""
 
-_NPZ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-"""What NumPy and zipfile raise for a file at fault; RuntimeError for one that is encrypted or packed in another way."""
+_NPZ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What zipfile raises for a file at fault; RuntimeError for one that is encrypted or packed in another way."""
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_HEADER = re.compile(
+    rb"\{'descr': ?'([<>|=]?(?:b1|[iu][1248]|f[248]|c8|c16))', ?'fortran_order': ?(True|False), ?"
+    rb"'shape': ?\(((?:[0-9]{1,18}, ?)*(?:[0-9]{1,18})?)\),? ?\}\s*"
+)
+"""Of an array of numbers, as NumPy writes it. NumPy itself would evaluate whatever literal stands there."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +65,13 @@ class Input:
     sizes: tuple[int | str | None, ...]
     """Of each dimension; of a dynamic one its name, or None if it has none. Empty for a scalar and an unknown rank."""
 
-    def takes(self, array: Array) -> bool:
+    def takes(self, dtype: np.dtype, shape: Sequence[int]) -> bool:
         """Whether type, rank and fixed sizes are those of the input; a run decides where the rank is not known."""
-        sizes = self.sizes or array.shape
+        sizes = self.sizes or shape
         return (
-            array.dtype == self.dtype
-            and array.ndim == len(sizes)
-            and all(not isinstance(size, int) or size == found for size, found in zip(sizes, array.shape, strict=True))
+            dtype == self.dtype
+            and len(shape) == len(sizes)
+            and all(not isinstance(size, int) or size == found for size, found in zip(sizes, shape, strict=True))
         )
 
     def rounded(self, array: Array) -> Array:
@@ -109,27 +127,25 @@ def random_inputs(
 def read_inputs(file: Path, path: Path) -> dict[str, Array]:
     """Arrays for the inputs of the ONNX file at `path` from an .npz `file` that holds each by its name.
 
-    The file is not trusted: nothing in it is unpickled. Raises InputError unless names, types and shapes are exactly
-    those of the model, and there is at least one sample.
+    The file is not trusted: nothing in it is evaluated, and no array is read before its name, type and shape are known
+    to be right. Raises InputError unless they are exactly those of the model, and there is at least one sample.
     """
     inputs = {one.name: one for one in signature(open_session(path, threads=1), path)}
-    arrays = _read_npz(file)
-    missing, unexpected = sorted(inputs.keys() - arrays.keys()), sorted(arrays.keys() - inputs.keys())
-    if missing or unexpected:
-        msg = (
-            f"{file} must hold an array for each input of {path}, {', '.join(map(repr, inputs))}, and no other; "
-            f"missing: {missing}, unexpected: {unexpected}"
-        )
-        raise InputError(msg)
-    for name, one in inputs.items():
-        found = arrays[name]
-        if not one.takes(found) or found.shape[:1] == (0,):
-            msg = (
-                f"{name!r} in {file} must be {one} with at least one sample, as {path} takes it, "
-                f"got {described(found.dtype, found.shape)}"
-            )
-            raise InputError(msg)
-    return {name: arrays[name] for name in inputs}
+    try:
+        if not file.is_file():
+            msg = "it is not there, or no regular file"
+            raise ValueError(msg)
+        with zipfile.ZipFile(file) as archive:
+            members = {member.removesuffix(".npy"): member for member in archive.namelist()}
+            _check_members(members, inputs, file, path)
+            arrays = {}
+            for name, one in inputs.items():
+                with archive.open(members[name]) as stream:
+                    arrays[name] = _read_array(stream, one, f"{name!r} in {file}", path)
+    except _NPZ_ERRORS as error:
+        msg = f"{file} must be an .npz of plain arrays, as numpy.savez writes it: {error}"
+        raise InputError(msg) from error
+    return arrays
 
 
 def arranged(inputs: Mapping[str, Array] | Sequence[Array], wanted: Sequence[Input]) -> list[Array]:
@@ -179,19 +195,38 @@ def _shape(one: Input, batch_size: int, sizes: Mapping[str, int], path: Path) ->
     return [batch_size, *known]
 
 
-def _read_npz(file: Path) -> dict[str, Array]:
-    try:
-        with file.open("rb") as stream:  # NumPy leaves a damaged file open
-            archive = np.load(stream, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                msg = "it is a single array without a name"
-                raise ValueError(msg)
-            arrays = {name: archive[name] for name in archive.files}
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):
-                msg = f"its member {name!r} is no array"
-                raise ValueError(msg)
-    except _NPZ_ERRORS as error:
-        msg = f"{file} must be an .npz of plain arrays, as numpy.savez writes it: {error}"
-        raise InputError(msg) from error
-    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+def _check_members(names: Collection[str], inputs: Collection[str], file: Path, path: Path) -> None:
+    missing, unexpected = sorted(set(inputs) - set(names)), sorted(set(names) - set(inputs))
+    if missing or unexpected:
+        msg = (
+            f"{file} must hold an array for each input of {path}, {', '.join(map(repr, inputs))}, and no other; "
+            f"missing: {missing}, unexpected: {unexpected}"
+        )
+        raise InputError(msg)
+
+
+def _read_array(stream: IO[bytes], one: Input, name: str, path: Path) -> Array:
+    """The array of a member of an .npz, columns last, if the file at `path` takes it as input `one`."""
+    dtype, shape, order = _read_header(stream)
+    if not one.takes(dtype, shape) or shape[:1] == (0,):
+        found = described(dtype, shape)
+        msg = f"{name} must be {one} with at least one sample, as {path} takes it, got {found}"
+        raise InputError(msg)
+    size, content = math.prod(shape) * dtype.itemsize, bytearray()
+    while len(content) <= size and (chunk := stream.read(1 << 20)):  # an .npz may hold less or more than it says
+        content += chunk
+    if len(content) != size:
+        msg = f"{name} must be {size:,} bytes of numbers, got {'more' if len(content) > size else f'{len(content):,}'}"
+        raise ValueError(msg)
+    return np.asarray(np.frombuffer(content, dtype).reshape(shape, order=order), order="C")
+
+
+def _read_header(stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
+    """Type and shape of an array, and whether its rows or its columns come first."""
+    magic, length = stream.read(len(_MAGIC)), stream.read(2)
+    found = _HEADER.fullmatch(stream.read(int.from_bytes(length, "little")))
+    if magic != _MAGIC or found is None:
+        msg = "it has a member that is no array of numbers in version 1.0 of NumPy's format"
+        raise ValueError(msg)
+    dtype, is_fortran, sizes = (part.decode() for part in found.groups())
+    return np.dtype(dtype), tuple(map(int, re.findall("[0-9]+", sizes))), "F" if is_fortran == "True" else "C"
