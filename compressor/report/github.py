@@ -1,5 +1,6 @@
 """What GitHub Actions reads: the commands that a log may hold, and the Markdown of a step's summary."""
 
+import itertools
 import logging
 import os
 import re
@@ -45,7 +46,7 @@ def annotation(level: Literal["warning", "error"], message: str, **properties: s
 
 def problem_annotation(problem: Problem, workspace: Path) -> str:
     """The command for a fault of a file; files are named relative to `workspace`, the checkout."""
-    file = None if problem.file is None else os.path.relpath(problem.file, workspace)
+    file = None if problem.file is None else _relative(problem.file, workspace)
     return annotation("error", problem.message, file=file, line=problem.line, col=problem.column)
 
 
@@ -61,22 +62,34 @@ def verdict_annotations(verdicts: Sequence[Verdict]) -> list[str]:
 def append_summary(markdown: str, path: Path) -> None:
     """Add `markdown` to the summary of a step, or what of it there is room for. Raises HostError."""
     with output_errors(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(fitted(markdown, SUMMARY_BYTES - stream.tell()))
+        stream.write(fitted(markdown, SUMMARY_BYTES - (stream.tell() if stream.seekable() else 0)))
 
 
 def fitted(markdown: str, room: int) -> str:
     """`markdown` in at most `room` bytes: without its last sections if need be, and then with a sentence that says so.
 
-    Empty if there is no room even for the sentence.
+    The first section that is not a title alone is cut at the end of a line. Empty if there is no room even for the
+    sentence.
     """
     if _size(markdown) <= room:
         return markdown
-    kept = ""
-    for section in re.split(r"(?m)^(?=## )", markdown):
-        if _size(kept + section + _CUT) > room:
-            break
-        kept += section
-    return kept + _CUT if _size(kept + _CUT) <= room else ""
+    left = room - _size(_CUT)
+    sections = _first(re.split(r"(?m)^(?=## )", markdown), left)
+    kept = sections if len(sections) > 1 else _first(markdown.splitlines(keepends=True), left)
+    return "".join(kept) + _CUT if left >= 0 else ""
+
+
+def _first(parts: Sequence[str], room: int) -> list[str]:
+    """The first of `parts`, as many as `room` bytes hold."""
+    ends = itertools.accumulate(map(_size, parts))
+    return [part for part, end in zip(parts, ends, strict=True) if end <= room]
+
+
+def _relative(file: Path, workspace: Path) -> str:
+    try:
+        return os.path.relpath(file, workspace)
+    except FileNotFoundError:  # where the working directory is gone, nothing is relative to it
+        return str(file)
 
 
 def _size(text: str) -> int:

@@ -60,6 +60,14 @@ def test_a_fault_of_a_file_is_shown_at_its_line_in_the_checkout(tmp_path, monkey
         assert command == "::error file=models/p.yaml,line=13,col=5::unknown key"
 
 
+def test_a_fault_is_told_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    command = problem_annotation(Problem("no such file", Path("p.yaml")), tmp_path)
+    assert command == "::error file=p.yaml::no such file"
+
+
 def test_what_is_not_met_is_an_error_or_a_warning_by_its_level():
     limits = [("met", "error"), ("unmet", "error"), ("undecidable", "error"), ("unmet", "warn"), ("met", "warn")]
     verdicts = [Verdict(metric="a:b", limit="", status=status, level=level, message="m") for status, level in limits]
@@ -111,6 +119,15 @@ def test_a_summary_without_room_is_cut_at_a_section_and_says_so():
     assert "Section 2" not in shown
     assert "x" * 20 + "\n" in shown or "Section 1" not in shown
     assert shown.endswith("*The rest is left out: the summary of a step holds at most 1 MiB.*\n")
+
+
+@pytest.mark.parametrize("title", ["", "# Title\n\n", "# Title\n\n## Section\n\n"])
+def test_a_summary_without_room_for_its_first_section_is_cut_at_a_line(title):
+    text = title + "- a line\n" * 100
+    shown = fitted(text, 500)
+    assert shown.startswith(f"{title}- a line\n")
+    assert shown.endswith("- a line\n\n*The rest is left out: the summary of a step holds at most 1 MiB.*\n")
+    assert len(shown) > 450
 
 
 def test_a_summary_without_any_room_is_empty():
