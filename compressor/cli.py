@@ -128,9 +128,10 @@ def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
     """Print the report of a run DIRECTORY again."""
     found = read_report(directory / "report.json")
     if html:
+        from compressor.disk import write_output
         from compressor.report.page import to_html
 
-        _write(html, to_html(found))
+        write_output(html, to_html(found))
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
@@ -400,17 +401,10 @@ def _publish(markdown: str, verdicts: Sequence[Verdict] = ()) -> None:
 
 
 def _write_junit(file: Path, name: str, verdicts: Sequence[Verdict]) -> None:
+    from compressor.disk import write_output
     from compressor.report.junit import to_junit
 
-    _write(file, to_junit(name, verdicts))
-
-
-def _write(file: Path, content: str | bytes) -> None:
-    from compressor.disk import make_directory, output_errors, write_atomically
-
-    with output_errors(file):
-        make_directory(file.parent)
-        write_atomically(file, content)
+    write_output(file, to_junit(name, verdicts))
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

@@ -49,6 +49,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         fsync_directory(path.parent)
 
 
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write to the file that the user chose: atomically, where a link leads, or straight into a pipe or a device.
+
+    Makes the directories. Text is UTF-8. Raises HostError for whatever the system has against it.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with output_errors(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        target = Path(os.path.realpath(path))
+        make_directory(target.parent)
+        write_atomically(target, data)
+
+
 @contextlib.contextmanager
 def host_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn an error that the machine is at fault for, while files at `path` are used, into a HostError.

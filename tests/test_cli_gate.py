@@ -207,6 +207,38 @@ def test_files_that_cannot_be_written_exit_7(tmp_path):
         assert "Traceback" not in finished.stderr
 
 
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe that somebody reads: its path, and the descriptor at which it is read."""
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    yield tmp_path / "pipe", descriptor
+    os.close(descriptor)
+
+
+def test_a_file_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/old.html").write_text("old")
+    shutil.copy(REPORT, tmp_path / "report.json")
+    for name in ("old.html", "new.html"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "there" / name)
+        assert compress("report", tmp_path, "--html", link).returncode == 0
+        assert link.is_symlink()
+        assert (tmp_path / "there" / name).read_text().startswith("<!doctype html>")
+
+
+def test_what_is_written_into_a_pipe_reaches_its_reader_and_the_pipe_stays(pipe, tmp_path):
+    path, descriptor = pipe
+    (tmp_path / "link").symlink_to(path)
+    for given in (path, tmp_path / "link"):
+        assert gate(REPORT, "--junit", given).returncode == 0
+        assert ElementTree.fromstring(os.read(descriptor, 65536)).tag == "testsuites"
+        assert path.is_fifo()
+    assert gate(REPORT, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(path)).returncode == 0
+    assert os.read(descriptor, 65536).startswith(b"# Gate of digits")
+
+
 def test_in_github_actions_verdicts_reach_the_summary_and_the_annotations(larger, tmp_path):
     summary = tmp_path / "summary.md"
     finished = gate(larger, "--json", GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(summary))
