@@ -1,5 +1,6 @@
-"""The `compress` command: the only file that prints, and that turns what happened into an exit code."""
+"""The `compress` command: what it does and says, and the exit code of what happened."""
 
+import io
 import json
 import logging
 import os
@@ -12,10 +13,11 @@ from typing import NoReturn
 
 import click
 
+from compressor.console import IN_ACTIONS, annotate_problems, complain, for_people, say, tell
 from compressor.errors import CompressorError, ConfigError, InputError
 from compressor.report.figures import printable
 from compressor.report.gate import exit_code, sentence
-from compressor.report.github import InertFormatter, append_summary, inert, problem_annotation, verdict_annotations
+from compressor.report.github import InertFormatter
 from compressor.report.json import read_report, to_json
 from compressor.report.records import Verdict
 from compressor.report.table import to_table
@@ -41,8 +43,6 @@ _JUNIT = click.option(
 
 _IS_MAIN = os.environ.get("RANK", "0") == "0"
 """Under torchrun one process speaks for all."""
-_IN_ACTIONS = os.environ.get("GITHUB_ACTIONS") == "true"
-"""Whether a runner of GitHub reads what is printed."""
 
 
 class Interrupted(BaseException):
@@ -87,15 +87,12 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
         found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
     if not _IS_MAIN:
         return 0  # the main process tells; torchrun would end it while it prints
-    if as_json:
-        click.echo(to_json(found), nl=False)
-    else:
-        _say(to_table(found))
-        files = Path(found.rows[-1].model_file).name, "report.html", "report.json"
-        _say("\n" + "\n".join(str(directory / file) for file in files))
-    _publish(to_markdown(found), found.verdicts)
     if junit:
         _write_junit(junit, found.pipeline, found.verdicts)
+    files = Path(found.rows[-1].model_file).name, "report.html", "report.json"
+    paths = "\n".join(str(directory / file) for file in files)
+    text = to_json(found) if as_json else for_people(f"{to_table(found)}\n\n{paths}")
+    tell(text, to_markdown(found), found.verdicts)
     return exit_code(found.verdicts)
 
 
@@ -116,7 +113,7 @@ def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> in
         steps = forecast(pipeline, Store(runs / pipeline.name), device=_device(device))
     width = max(len(step.name) for step in steps)
     for step in steps:
-        click.echo(f"{step.name:{width}}  {'stored' if step.reused else 'to run: ' + '; '.join(step.reasons)}")
+        say(f"{step.name:{width}}  {'stored' if step.reused else 'to run: ' + '; '.join(step.reasons)}")
     return 0
 
 
@@ -132,10 +129,7 @@ def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
         from compressor.report.page import to_html
 
         write_output(html, to_html(found))
-    if as_json:
-        click.echo(to_json(found), nl=False)
-    else:
-        _say(to_table(found))
+    say(to_json(found) if as_json else for_people(to_table(found)))
     return 0
 
 
@@ -168,14 +162,14 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
         verdicts = (incomparable(str(error)),)
     code = exit_code(verdicts)
     sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
-    if as_json:
-        told = [verdict.model_dump(mode="json") for verdict in verdicts]
-        click.echo(json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1))
-    else:
-        _say("\n".join(map(printable, sentences)))
-    _publish(f"# {escape(f'Gate of {name}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
     if junit:
         _write_junit(junit, name, verdicts)
+    if as_json:
+        told = [verdict.model_dump(mode="json") for verdict in verdicts]
+        text = json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1)
+    else:
+        text = for_people("\n".join(map(printable, sentences)))
+    tell(text, f"# {escape(f'Gate of {name}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
     return code
 
 
@@ -188,8 +182,8 @@ def diff(old: Path, new: Path, *, as_markdown: bool) -> int:
     from compressor.report.difference import differences, to_markdown, to_text
 
     changes = differences(read_report(old), read_report(new))
-    _say(to_markdown(changes).rstrip("\n") if as_markdown else to_text(changes))
-    _publish(to_markdown(changes))
+    markdown = to_markdown(changes)
+    tell(for_people(markdown if as_markdown else to_text(changes)), markdown)
     return 0
 
 
@@ -207,7 +201,7 @@ def layers(file: Path, overrides: tuple[str, ...]) -> int:
 
     with beside(file.parent):
         models = inspect_models(load(file, overrides))
-    click.echo("\n\n".join(to_table(model) for model in models))
+    say("\n\n".join(to_table(model) for model in models))
     return 0
 
 
@@ -236,7 +230,7 @@ def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str,
         directory = runs / pipeline.name
         found = run_sensitivity(pipeline, directory, device=torch.device(_device(device)))
     if _IS_MAIN:
-        click.echo(f"{shown.to_table(found)}\n\n{directory / 'sensitivity.md'}\n{directory / 'sensitivity.svg'}")
+        say(f"{shown.to_table(found)}\n\n{directory / 'sensitivity.md'}\n{directory / 'sensitivity.svg'}")
     return 0
 
 
@@ -328,11 +322,9 @@ def bench(
         inputs_file=inputs_file,
         max_seconds=max_seconds,
     )
-    if as_json:
-        click.echo(to_json(found), nl=False)
-    else:
-        _say(shown.to_markdown(found).rstrip() if as_markdown else shown.to_table(found))
-    _publish(shown.to_markdown(found))
+    markdown = shown.to_markdown(found)
+    text = to_json(found) if as_json else for_people(markdown if as_markdown else shown.to_table(found))
+    tell(text, markdown)
     return 0
 
 
@@ -344,7 +336,7 @@ def stages() -> int:
     listings = describe_stages()
     width = max(len(listing.name) for listing in listings)
     for listing in listings:
-        click.echo(f"{listing.name:{width}}  {listing.summary}  [{listing.origin}]")
+        say(f"{listing.name:{width}}  {listing.summary}  [{listing.origin}]")
     return 0
 
 
@@ -353,14 +345,14 @@ def schema() -> int:
     """Print the JSON Schema of pipeline files, for editors."""
     from compressor.config import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    say(json.dumps(json_schema(), indent=2))
     return 0
 
 
 def main() -> NoReturn:
     """Run the command line; end the process with the exit code of what happened."""
     to_log = logging.StreamHandler(sys.stderr)
-    to_log.setFormatter(InertFormatter() if _IN_ACTIONS else logging.Formatter())
+    to_log.setFormatter(InertFormatter() if IN_ACTIONS else logging.Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[to_log])
     logging.getLogger("compressor").setLevel(logging.INFO if _IS_MAIN else logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -368,36 +360,20 @@ def main() -> NoReturn:
     try:
         code = compress.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        complain(shown.getvalue())
         code = error.exit_code
     except CompressorError as error:
         if _IS_MAIN or not isinstance(error, ConfigError):  # the others read the same file
-            # it may quote names from a file that is not trusted
-            _say("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
-        if _IS_MAIN and _IN_ACTIONS and isinstance(error, ConfigError):
-            workspace = Path(os.environ.get("GITHUB_WORKSPACE", "."))
-            for problem in error.problems:
-                click.echo(problem_annotation(problem, workspace), err=True)
+            complain(f"error: {error}")
+        if _IS_MAIN and isinstance(error, ConfigError):
+            annotate_problems(error.problems)
         code = error.exit_code
     except Interrupted as interruption:
-        click.echo(f"{interruption}; for a run, the same command goes on from the last stored stage", err=True)
+        say(f"{interruption}; for a run, the same command goes on from the last stored stage", err=True)
         code = interruption.exit_code
     sys.exit(code)
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print a text for people."""
-    click.echo(inert(text) if _IN_ACTIONS else text, err=err)
-
-
-def _publish(markdown: str, verdicts: Sequence[Verdict] = ()) -> None:
-    """In GitHub Actions, add `markdown` to the summary of the step and annotate what is not met."""
-    if not _IN_ACTIONS:
-        return
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        append_summary(markdown, Path(summary))
-    for command in verdict_annotations(verdicts):
-        click.echo(command, err=True)  # a runner reads both streams, and standard output may be JSON
 
 
 def _write_junit(file: Path, name: str, verdicts: Sequence[Verdict]) -> None:

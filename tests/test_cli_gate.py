@@ -19,12 +19,13 @@ main()
 """
 
 
-def compress(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+def compress(*arguments: str | Path, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
     finished = subprocess.run(
         [sys.executable, "-c", PROBE, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
         timeout=60,
@@ -35,8 +36,8 @@ def compress(*arguments: str | Path, **environment: str) -> subprocess.Completed
     return finished
 
 
-def gate(report: Path, *arguments: str | Path, baseline: Path = REPORT, **environment: str):
-    return compress("gate", report, "--baseline", baseline, *arguments, **environment)
+def gate(report: Path, *arguments: str | Path, baseline: Path = REPORT, **options):
+    return compress("gate", report, "--baseline", baseline, *arguments, **options)
 
 
 @pytest.fixture
@@ -216,6 +217,15 @@ def pipe(tmp_path):
     os.close(descriptor)
 
 
+@pytest.fixture
+def no_reader():
+    """The end of a pipe into which one may write, but nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
 def test_a_file_is_written_where_a_link_leads(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/old.html").write_text("old")
@@ -237,6 +247,48 @@ def test_what_is_written_into_a_pipe_reaches_its_reader_and_the_pipe_stays(pipe,
         assert path.is_fifo()
     assert gate(REPORT, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(path)).returncode == 0
     assert os.read(descriptor, 65536).startswith(b"# Gate of digits")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_a_reader_that_has_left_changes_nothing_else(larger, tmp_path, no_reader, form):
+    junit, summary = tmp_path / "gate.xml", tmp_path / "summary.md"
+    in_actions = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
+    finished = gate(larger, "--junit", junit, *form, stdout=no_reader, **in_actions)
+    assert finished.returncode == 3
+    assert finished.stderr.startswith("::error title=size_bytes::unmet")
+    assert len(finished.stderr.splitlines()) == 1
+    assert junit.exists()
+    assert summary.read_text().startswith("# Gate of digits")
+
+
+def test_standard_output_that_is_full_exits_7_after_all_else_is_told(larger, tmp_path):
+    junit, summary = tmp_path / "gate.xml", tmp_path / "summary.md"
+    with Path("/dev/full").open("w") as full:
+        in_actions = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
+        finished = gate(larger, "--junit", junit, stdout=full, **in_actions)
+    assert finished.returncode == 7
+    command, error = finished.stderr.splitlines()
+    assert command.startswith("::error title=size_bytes::unmet")
+    assert error.startswith("error: standard output must take what is printed: No space left on device")
+    assert junit.exists()
+    assert summary.read_text().startswith("# Gate of digits")
+
+
+def test_a_summary_that_cannot_be_written_exits_7_after_all_else_is_told(larger, tmp_path):
+    junit, summary = tmp_path / "gate.xml", str(tmp_path / "none/summary.md")
+    finished = gate(larger, "--junit", junit, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=summary)
+    assert finished.returncode == 7
+    assert finished.stdout.startswith("unmet: size_bytes")
+    assert finished.stderr.startswith("::error title=size_bytes::unmet")
+    assert junit.exists()
+
+
+def test_in_github_actions_no_error_of_usage_is_a_command():
+    finished = gate(REPORT, "a\n::error::b", GITHUB_ACTIONS="true")
+    assert finished.returncode == 2
+    assert "Usage: " in finished.stderr
+    assert "\n: :error::b" in finished.stderr
+    assert not any(line.lstrip().startswith("::") for line in finished.stderr.splitlines())
 
 
 def test_in_github_actions_verdicts_reach_the_summary_and_the_annotations(larger, tmp_path):
