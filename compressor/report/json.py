@@ -1,6 +1,7 @@
 """A report or a benchmark as JSON text, and a report back."""
 
 import reprlib
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ValidationError
 from compressor.errors import InputError
 from compressor.report.benchmark import Benchmark
 from compressor.report.records import Report
+
+MOST_BYTES = 64 << 20
+"""Of a report: much more than any run writes."""
 
 
 class _Header(BaseModel):
@@ -26,6 +30,10 @@ def read_report(path: Path) -> Report:
     Raises InputError if the file cannot be read, has another schema version, or is not exactly such a report.
     """
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            msg = f"{path} must be a readable report: a regular file of at most {MOST_BYTES >> 20} MiB"
+            raise InputError(msg)
         text = path.read_bytes()
         written = _Header.model_validate_json(text).schema_version
         ours = Report.model_fields["schema_version"].default

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 _MOST = 2**63 - 1
 Count: TypeAlias = Annotated[int, Field(ge=0, le=_MOST)]
-"""Of things in a model or a session; sums and ratios of such numbers are numbers of any kind."""
+"""Of things in a model or a session, or the index of one; sums and ratios of such numbers are numbers of any kind."""
 Bytes: TypeAlias = Annotated[int, Field(ge=1, le=_MOST)]
 _Milliseconds: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e12)]
 _Ratio: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -51,7 +51,7 @@ class Measurement(Record):
 class Quality(Record):
     """How good a classifier is on the `test` split, its outputs read as logits (N, C). Shares are in [0, 1]."""
 
-    samples: int
+    samples: Count
     """Samples of the test split that count: those with the target -100 do not."""
     top_k: Mapping[int, float]
     """Share of samples whose class is among the k most probable, by k: 1 and, with more than 5 classes, 5."""
@@ -66,9 +66,9 @@ class Quality(Record):
 class ClassFall(Record):
     """A class whose samples are right less often than with the baseline."""
 
-    target: int
+    target: Count
     """Index of the class."""
-    samples: int
+    samples: Count
     """Samples of this class in the test split."""
     baseline_accuracy: float
     accuracy: float
@@ -77,12 +77,12 @@ class ClassFall(Record):
 class SampleFall(Record):
     """A test sample whose class is less probable than with the baseline."""
 
-    index: int
+    index: Count
     """Position in the test split, from 0."""
-    target: int
+    target: Count
     """Index of its class."""
-    baseline_predicted: int
-    predicted: int
+    baseline_predicted: Count
+    predicted: Count
     baseline_probability: float
     """Probability that the baseline gave `target`."""
     probability: float

@@ -1,11 +1,12 @@
 import json
 import math
+import os
 
 import pytest
 from example_report import chain, classifiers, prepared, report, row
 
 from compressor.errors import InputError
-from compressor.report.json import read_report, to_json
+from compressor.report.json import MOST_BYTES, read_report, to_json
 
 
 def written(path, **changes):
@@ -97,6 +98,20 @@ def test_a_missing_report_says_what_writes_one(tmp_path):
         read_report(tmp_path / "report.json")
 
 
-def test_a_directory_is_no_report(tmp_path):
-    with pytest.raises(InputError, match="must be a readable report"):
-        read_report(tmp_path)
+def test_what_is_no_file_of_the_size_of_a_report_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", MOST_BYTES + 1)  # a hole, which takes no room
+    for name in ("pipe", "link", "large", "."):
+        with pytest.raises(InputError, match="must be a readable report: a regular file of at most 64 MiB"):
+            read_report(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["index", "target", "baseline_predicted", "predicted"])
+def test_an_index_below_zero_is_refused_and_named(tmp_path, name):
+    document = json.loads(to_json(classifiers()))
+    document["rows"][-1]["fidelity"]["worst_samples"][0][name] = -1
+    path = written(tmp_path / "report.json", rows=document["rows"])
+    with pytest.raises(InputError, match=rf"worst_samples\.0\.{name}: Input should be greater than or equal to 0"):
+        read_report(path)
