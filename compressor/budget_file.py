@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compressor.errors import ConfigError
 from compressor.report.budget import Budget
-from compressor.validation import read_mapping, validate
+from compressor.validation import all_problems, read_mapping, validate
 
 
 def load_budget(path: Path) -> Budget:
@@ -12,5 +12,5 @@ def load_budget(path: Path) -> Budget:
     root, problems = read_mapping(path)
     budget, faults = validate(Budget, root)
     if budget is None or problems:
-        raise ConfigError(sorted([*problems, *faults], key=lambda problem: (problem.line or 0, problem.column or 0)))
+        raise ConfigError(all_problems(problems, faults))
     return budget

@@ -15,7 +15,7 @@ from compressor.chain import PlannedStage, find_stage, plan
 from compressor.errors import ConfigError, Problem
 from compressor.plugins import Reference, beside, call_faults, is_path, stage_names
 from compressor.report.gate import Gate
-from compressor.validation import dotted, read_mapping, shown, validate
+from compressor.validation import all_problems, dotted, read_mapping, shown, validate
 from compressor.yaml_source import KeyPath, Node, Place
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -108,10 +108,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         file, file_problems = validate(_File, root)
         stages, stage_problems = plan(root.keys.get("stages", Node((), root.place)), ("stages",))
         checks = [*path_problems, *file_problems, *stage_problems, *_reference_problems(root)]
-    told = {(problem.line, problem.column) for problem in problems}  # one fault need not be told in two ways
-    problems += [problem for problem in checks if problem.line is None or (problem.line, problem.column) not in told]
+    problems = all_problems(problems, checks)
     if file is None or problems:
-        raise ConfigError(sorted(dict.fromkeys(problems), key=_file_order))
+        raise ConfigError(problems)
     return Pipeline(
         name=file.name,
         model=file.model,
@@ -156,11 +155,6 @@ def _draft_7(schema: Any) -> Any:
     if isinstance(schema, dict):
         return {"items" if key == "prefixItems" else key: _draft_7(value) for key, value in schema.items()}
     return [_draft_7(value) for value in schema] if isinstance(schema, list) else schema
-
-
-def _file_order(problem: Problem) -> tuple[bool, int, int]:
-    """Sort key: the file from top to bottom, then `--set`."""
-    return problem.line is None, problem.line or 0, problem.column or 0
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:

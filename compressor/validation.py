@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -52,6 +52,19 @@ def validate(model: type[Model], node: Node, where: KeyPath = ()) -> tuple[Model
         return None, list(_problems(model, node, where, error.errors(include_url=False)))
     except PydanticUserError as error:
         return None, [node.place.problem(f"{model.__name__} must be a complete pydantic model, but: {error}")]
+
+
+def all_problems(read: Sequence[Problem], found: Iterable[Problem]) -> list[Problem]:
+    """The problems of reading a file and those `found` in what was read, from top to bottom, then those of `--set`.
+
+    Of several at one place, those of reading are the cause of the others, and told alone.
+    """
+    told = {(problem.line, problem.column) for problem in read}
+    rest = [problem for problem in found if problem.line is None or (problem.line, problem.column) not in told]
+    return sorted(
+        dict.fromkeys([*read, *rest]),
+        key=lambda problem: (problem.line is None, problem.line or 0, problem.column or 0),
+    )
 
 
 def shown(value: Plain) -> str:

@@ -58,6 +58,13 @@ def test_every_fault_is_told_with_its_place_in_the_order_of_the_file(file):
     ]
 
 
+def test_what_is_no_value_of_yaml_is_told_once(file):
+    assert problems(file, "latency_ms: {max_increase: .nan}\nsize_bytes: {level: of}\n") == [
+        "1:28: a number must be finite, got .nan",
+        "2:21: size_bytes.level must be 'off', 'warn' or 'error', got 'of'; did you mean 'off'?",
+    ]
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "", "a: [", "a: 1\na: 2", "!!python/object:os.system {}"])
 def test_what_is_no_mapping_is_refused(file, text):
     assert problems(file, text)

@@ -20,6 +20,10 @@ _Pair: TypeAlias = tuple[float, float] | str
 """A number of the earlier report and of the report, or why the two cannot be compared."""
 
 
+_MOST_SHARE = 1e6
+"""Of an earlier number; no limit means more, and a number times it is a number too."""
+
+
 class _Timings(NamedTuple):
     """Latencies of the earlier report and of the report, and what differs between their sessions."""
 
@@ -42,7 +46,7 @@ class _Allowance(BaseModel):
 class MaxGrowth(_Allowance):
     """A number of bytes that may grow only so far."""
 
-    max_increase: float = Field(default=0.02, ge=0)
+    max_increase: float = Field(default=0.02, ge=0, le=_MOST_SHARE)
     """Share of the earlier size; 0.02 allows 2 % more bytes."""
 
 
@@ -58,7 +62,7 @@ class MaxSlowdown(_Allowance):
 class MaxDelay(_Allowance):
     """A time that may grow only so far."""
 
-    max_increase: float = Field(default=0.1, gt=0)
+    max_increase: float = Field(default=0.1, gt=0, le=_MOST_SHARE)
     """Share of the earlier time, > 0, as no two measurements of a time are equal."""
 
 

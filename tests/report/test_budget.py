@@ -265,6 +265,8 @@ def test_a_budget_that_is_all_off_gives_no_verdict():
         {"latency_ratio": {"max_decrease": 0.0}},
         {"latency_ratio": {"max_decrease": 1.0}},
         {"latency_ms": {"max_increase": 0.0}},
+        {"latency_ms": {"max_increase": 1.7e308}},
+        {"size_bytes": {"max_increase": 1.7e308}},
         {"metrics": {"accuracy": 0.01}},
         {"accuracy": {"max_drop": 0.01}},
         {"size_bytes": {"level": "fatal"}},
