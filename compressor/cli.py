@@ -178,7 +178,7 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of plain text.")
 def diff(old: Path, new: Path, *, as_markdown: bool) -> int:
-    """Print what changed from the OLD report.json to the NEW: settings, stages, models and environment."""
+    """Print what changed from the OLD report.json to the NEW: settings, stages, models, verdicts and environment."""
     from compressor.report.difference import differences, to_markdown, to_text
 
     changes = differences(read_report(old), read_report(new))

@@ -1,4 +1,4 @@
-"""What changed between two reports: settings, stages, models and environment."""
+"""What changed between two reports: settings, stages, models, how they were measured and judged, and environment."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, TypeAlias, final
 
-from compressor.report.figures import change, printable, speed, value
+from compressor.report.figures import change, count, printable, speed, value
 from compressor.report.layout import escape, markdown_bullets
 from compressor.report.measurements import MetricInfo
 from compressor.report.quality import fidelity_figures, quality_figures
@@ -38,6 +38,8 @@ def differences(old: Report, new: Report) -> tuple[Section, ...]:
         Section("Settings", tuple(_setting_changes(old.settings, new.settings))),
         Section("Stages", tuple(_stage_changes(_stages(old.settings), _stages(new.settings)))),
         *_model_changes(old, new),
+        Section("How it was measured", tuple(_changes(_conditions(old, new), _conditions(new, old)))),
+        Section("Gate", tuple(_changes(_statuses(old), _statuses(new)))),
         Section("Environment", tuple(_changes(_facts(old), _facts(new)))),
     ]
     return tuple(part for part in found if part.lines)
@@ -100,6 +102,23 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
 
 def _facts(report: Report) -> dict[str, str]:
     return _leaves({name: fact for name, fact in report.environment.items() if name not in _MOMENTARY})
+
+
+def _conditions(report: Report, other: Report) -> dict[str, str]:
+    """What must be alike for `compress gate` to compare two reports, of what both have."""
+    names, session = {metric.name for metric in other.metrics}, report.latency_session
+    found = {"pipeline": report.pipeline, "test samples": f"{report.rows[-1].measurement.samples:,}"}
+    for metric in report.metrics:
+        if metric.name in names:
+            better = "higher" if metric.higher_is_better else "lower"
+            found[f"metric {metric.name}"] = f"{metric.unit or 'no unit'}, {better} is better"
+    if session and other.latency_session:
+        found["latency"] = f"{count(session.threads, 'thread')}, batch of {session.batch_size}"
+    return found
+
+
+def _statuses(report: Report) -> dict[str, str]:
+    return {verdict.metric: verdict.status for verdict in report.verdicts}
 
 
 def _model_changes(old: Report, new: Report) -> Iterator[Section]:

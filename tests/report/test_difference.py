@@ -2,7 +2,7 @@ import pytest
 from example_report import LOSS, chain, classifiers, fidelity, latency, report, row
 
 from compressor.report.difference import differences, to_markdown, to_text
-from compressor.report.records import Report
+from compressor.report.records import Report, Verdict
 
 
 def with_settings(**settings) -> Report:
@@ -98,6 +98,36 @@ def test_the_environment_tells_versions_and_machine_but_not_the_load_of_the_mome
     assert changed(old, new) == {
         "Environment": ('versions.torch: "2.12" -> "2.13"', 'cpu_flags: ["avx2"] -> ["avx2", "amx"]')
     }
+
+
+def test_what_keeps_a_gate_from_comparing_two_reports_is_a_change():
+    old = classifiers()
+    last = old.rows[-1]
+    fewer = last.model_copy(update={"measurement": last.measurement.model_copy(update={"samples": 360})})
+    new = old.model_copy(
+        update={
+            "pipeline": "mnist",
+            "rows": (*old.rows[:-1], fewer),
+            "metrics": (old.metrics[0].model_copy(update={"unit": "", "higher_is_better": False}),),
+            "latency_session": old.latency_session.model_copy(update={"threads": 8, "batch_size": 64}),
+        }
+    )
+    assert changed(old, new)["How it was measured"] == (
+        "pipeline: digits -> mnist",
+        "test samples: 10,000 -> 360",
+        "metric accuracy: %, higher is better -> no unit, lower is better",
+        "latency: 1 thread, batch of 1 -> 8 threads, batch of 64",
+    )
+
+
+def test_a_limit_that_is_met_no_more_is_a_change():
+    met = Verdict(metric="size_ratio", limit=">= 2", status="met", message="size_ratio is 3.00")
+    old, new = (
+        chain().model_copy(update={"verdicts": (met.model_copy(update={"status": status}),)})
+        for status in ("met", "unmet")
+    )
+    assert changed(old, new) == {"Gate": ("size_ratio: met -> unmet",)}
+    assert changed(new.model_copy(update={"verdicts": ()}), new) == {"Gate": ("size_ratio: absent -> unmet",)}
 
 
 def test_text_and_markdown_have_the_same_lines():
