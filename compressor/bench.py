@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,12 +64,13 @@ def bench(
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """A name for each path, all different and printable: that of the file, after as many directories as it takes.
 
-    A path that is given twice gets its position, counted from 1.
+    A path that is given twice gets its position, counted from 1, and so does one that looks as if it had one.
     """
     parts = [tuple(map(printable, path.parts)) for path in paths]
     names = [_shortest(own, parts) for own in parts]
     return tuple(
-        name if names.count(name) == 1 else f"{name} ({position})" for position, name in enumerate(names, start=1)
+        f"{name} ({position})" if names.count(name) > 1 or re.search(r" \(\d+\)$", name) else name
+        for position, name in enumerate(names, start=1)
     )
 
 

@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -41,6 +43,8 @@ _JUNIT = click.option(
     help="Write a JUnit XML file with one test case per limit.",
 )
 
+_MOST_THREADS = 256
+"""More than a processor has on which a model is timed; a system may refuse to start so many."""
 _IS_MAIN = os.environ.get("RANK", "0") == "0"
 """Under torchrun one process speaks for all."""
 
@@ -238,12 +242,19 @@ def _sizes(_context: click.Context, _option: click.Parameter, given: tuple[str, 
     """Sizes by name, from texts such as `height=224`."""
     sizes = {}
     for text in given:
-        name, _, number = text.rpartition("=")
-        if not name or not number.isdecimal():
-            msg = f"must be NAME=SIZE, got {text!r}"
+        found = re.fullmatch("(?s)(.+)=([0-9]{1,18})", text)
+        if not found:
+            msg = f"must be NAME=SIZE, SIZE of at most 18 digits, got {text[:80]!r}"
             raise click.BadParameter(msg)
-        sizes[name] = int(number)
+        sizes[found[1]] = int(found[2])
     return sizes
+
+
+def _finite(_context: click.Context, _option: click.Parameter, given: float) -> float:
+    if not math.isfinite(given):
+        msg = f"must be a finite number, got {given}"
+        raise click.BadParameter(msg)
+    return given
 
 
 @compress.command()
@@ -261,7 +272,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, given: tuple[str, 
     "thread_counts",
     multiple=True,
     default=(1,),
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=_MOST_THREADS),
     help="Threads of one inference; may be given several times.  [default: 1]",
 )
 @click.option(
@@ -283,6 +294,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, given: tuple[str, 
     default=20.0,
     show_default=True,
     type=click.FloatRange(min=0),
+    callback=_finite,
     help="Most seconds for each file, each batch size and each number of threads.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -313,9 +325,11 @@ def bench(
     if as_json and as_markdown:
         msg = "--json and --markdown are two forms of one output; choose one"
         raise click.UsageError(msg)
-    ordered = files if baseline is None else (baseline, *(file for file in files if file != baseline))
+    ordered = list(files)
+    if baseline in ordered:
+        ordered.remove(baseline)  # once, as a file may be given twice
     found = benchmark(
-        ordered,
+        ordered if baseline is None else [baseline, *ordered],
         batch_sizes=tuple(dict.fromkeys(batch_sizes)) or (1,),
         thread_counts=tuple(dict.fromkeys(thread_counts)),
         sizes=sizes,

@@ -25,7 +25,7 @@ main()
 
 
 def compress_bench(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PROBE, "bench", *map(str, arguments), "--max-seconds", "0"]
+    command = [sys.executable, "-c", PROBE, "bench", "--max-seconds", "0", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -157,6 +157,7 @@ def test_given_inputs_reach_each_file_by_name(tmp_path):
         (("x/m.onnx", "x/m.onnx", "c.onnx"), ("m.onnx (1)", "m.onnx (2)", "c.onnx")),
         (("a\x1b[31m.onnx", "a\x1c[31m.onnx"), ("a?[31m.onnx (1)", "a?[31m.onnx (2)")),
         (("a\udcff.onnx",), ("a?.onnx",)),
+        (("a.onnx", "a.onnx", "a.onnx (1)"), ("a.onnx (1)", "a.onnx (2)", "a.onnx (1) (3)")),
     ],
 )
 def test_names_are_short_printable_and_different(paths, names):
@@ -199,6 +200,13 @@ def test_command_prints_json_that_reads_back_and_needs_no_torch(large, small):
     assert Benchmark.model_validate_json(found.model_dump_json()) == found
 
 
+def test_baseline_that_is_given_as_a_file_twice_is_timed_twice(large, small):
+    finished = compress_bench(large, small, large, "--baseline", large, "--json")
+    assert finished.returncode == 0, finished.stderr
+    names = [one.name for one in Benchmark.model_validate_json(finished.stdout).candidates]
+    assert names == ["large.onnx (1)", "small.onnx", "large.onnx (3)"]
+
+
 def test_command_prints_tables_or_markdown(small):
     finished = compress_bench(small, small)
     assert finished.returncode == 0, finished.stderr
@@ -213,8 +221,12 @@ def test_command_prints_tables_or_markdown(small):
     [
         (["--json", "--markdown"], "choose one"),
         (["--inputs", "in.npz", "--batch-size", "2"], "leave out --batch-size"),
-        (["--dimension", "height"], "must be NAME=SIZE, got 'height'"),
+        (["--dimension", "height"], "must be NAME=SIZE, SIZE of at most 18 digits, got 'height'"),
+        (["--dimension", "height=" + "9" * 5000], "SIZE of at most 18 digits, got 'height=99"),
         (["--batch-size", "0"], "x>=1"),
+        (["--threads", "3000000000"], "1<=x<=256"),
+        (["--max-seconds", "nan"], "must be a finite number, got nan"),
+        (["--max-seconds", "inf"], "must be a finite number, got inf"),
     ],
 )
 def test_options_that_contradict_exit_2(small, arguments, message):
