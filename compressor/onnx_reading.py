@@ -109,7 +109,7 @@ def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
             msg = "it holds sparse tensors, which are not counted"
             raise ValueError(msg)
         for name, tensor in (*((tensor.name, tensor) for tensor in graph.initializer), *_constants(graph)):
-            if stored.get(name, tensor) != tensor:
+            if name in stored and stored[name] != tensor:
                 msg = f"two of its graphs hold tensors of one name, {name!r}, which are not told apart"
                 raise ValueError(msg)
             stored[name] = tensor
@@ -181,7 +181,8 @@ def _check_inlined_nodes(count: int) -> None:
 
 def _identity(called: FunctionProto | NodeProto) -> tuple[str, str, str]:
     """What tells a function from others, of the function or of a node that calls it."""
-    return called.domain, called.name if isinstance(called, FunctionProto) else called.op_type, called.overload
+    name = called.name if isinstance(called, FunctionProto) else called.op_type
+    return _domain(called.domain), name, called.overload
 
 
 def _with_nested(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
@@ -223,9 +224,9 @@ def _check_domains(model: ModelProto) -> None:
 
 def _check_operands(model: ModelProto) -> None:
     """Refuse an operand left out that its operator needs: at some of them ONNX Runtime ends the process."""
-    versions = {_schema_domain(opset.domain): opset.version for opset in model.opset_import}
+    versions = {_domain(opset.domain): opset.version for opset in model.opset_import}
     for node in _with_nested(model.graph.node):
-        domain = _schema_domain(node.domain)
+        domain = _domain(node.domain)
         known = (node.op_type, versions.get(domain, 0), domain)
         if "" not in node.input or not defs.has(*known):
             continue
@@ -237,8 +238,8 @@ def _check_operands(model: ModelProto) -> None:
                 raise ValueError(msg)
 
 
-def _schema_domain(domain: str) -> str:
-    """The domain under which onnx keeps the schemas of `domain`."""
+def _domain(domain: str) -> str:
+    """The one name of a domain: that of ONNX has two."""
     return "" if domain == "ai.onnx" else domain
 
 

@@ -216,6 +216,19 @@ def test_functions_that_cannot_be_written_out_are_refused(tmp_path, functions, g
         load_graph(tmp_path / "model.onnx")
 
 
+def test_functions_that_are_called_by_the_other_name_of_their_domain_are_counted(tmp_path):
+    functions = [RELU, *(function(f"F{i}", *twice(f"F{i - 1}")) for i in range(1, 31))]
+    model = calling("F30", ["x"], functions)
+    for one in model.functions:
+        one.domain = "ai.onnx"
+        for node in one.node:
+            node.domain = ""
+    model.graph.node[0].domain = ""
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="at most 1,000,000 nodes"):
+        load_graph(tmp_path / "model.onnx")
+
+
 def test_functions_are_written_out_at_each_call_and_those_without_a_call_are_not(tmp_path):
     functions = [function("F1", *twice("F0")), RELU, function("Unused", make_node("Relu", ["a"], ["b"]), opset=9)]
     (tmp_path / "model.onnx").write_bytes(calling("F1", ["x"], functions).SerializeToString())
