@@ -157,14 +157,7 @@ def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, Tenso
     zero_point = given.astype(np.float32)
     axis = attribute(dequantizer, "axis", 1)
     if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
-        block_size = attribute(dequantizer, "block_size", 1)
-        try:
-            spread: Array = zero_point.take(np.arange(shape[axis]) // max(block_size, 1), axis)
-        except IndexError as error:
-            found = f"{zero_point.shape} for blocks of {block_size} along axis {axis} of {shape}"
-            msg = f"weight {dequantizer.input[0]!r} must have a zero point for each block, got {found}"
-            raise ValueError(msg) from error
-        return spread
+        return _spread(zero_point, attribute(dequantizer, "block_size", 1), axis, shape, dequantizer.input[0])
     if zero_point.ndim == 1 and zero_point.size > 1:
         return zero_point.reshape([-1 if dimension == axis % len(shape) else 1 for dimension in range(len(shape))])
     return zero_point.reshape(())
@@ -186,7 +179,18 @@ def _in_blocks(
     if given is None:
         return codes, np.full((), 1 << (bits - 1))
     zero_points = _codes(given, rows, bits) if given.dtype == np.uint8 else given.reshape(rows, -1)
-    return codes, zero_points.take(np.arange(codes.shape[1]) // block_size, axis=1, mode="clip")
+    return codes, _spread(zero_points, block_size, 1, codes.shape, multiplier.input[1])
+
+
+def _spread(zero_points: Array, block_size: int, axis: int, shape: Shape, weight: str) -> Array:
+    """The zero point of each number of a weight of this shape, from those of its blocks along `axis`."""
+    try:
+        spread: Array = zero_points.take(np.arange(shape[axis]) // max(block_size, 1), axis)
+    except IndexError as error:
+        found = f"{zero_points.shape} for blocks of {block_size} along axis {axis} of {shape}"
+        msg = f"weight {weight!r} must have a zero point for each block, got {found}"
+        raise ValueError(msg) from error
+    return spread
 
 
 def _codes(packed: Array, rows: int, bits: int) -> Array:

@@ -523,6 +523,13 @@ def test_weights_in_blocks_are_counted_one_by_one(zero_points: list[int] | None,
     assert count_parameters(model, Path()) == (40, nonzero)
 
 
+def test_weights_in_blocks_without_a_zero_point_for_each_are_not_counted():
+    weights = {"b": np.zeros((1, 3, 8), np.uint8), "scales": np.ones(3, np.float32), "zeros": np.zeros(1, np.uint8)}
+    node = make_node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", K=40, N=1, bits=4, block_size=16)
+    with pytest.raises(ValueError, match=r"weight 'b' must have a zero point for each block, got \(1, 2\)"):
+        counted(graph_model(node, weights=weights, shape=("n", 40)))
+
+
 def test_weights_and_products_inside_a_function_of_the_file_are_counted(tmp_path: Path):
     weight = numpy_helper.from_array(np.eye(4, dtype=np.float32))
     body = [make_node("Constant", [], ["w"], value=weight), make_node("MatMul", ["a", "w"], ["b"])]
