@@ -23,6 +23,8 @@ MOST_INLINED_NODES = 10**6
 """Of its functions: two that call each other twice, thirty deep, make a file of 2 kB a graph that fills any memory."""
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+_SETTINGS = {TensorProto.INT64, TensorProto.BOOL}
+"""Types of shapes, axes and conditions, and of no weights."""
 
 
 def load_graph(path: Path) -> ModelProto:
@@ -101,7 +103,8 @@ def graphs(model: ModelProto) -> Iterator[GraphProto]:
 def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
     """Initializers and values of Constant nodes, by the name under which nodes take them.
 
-    Raises ValueError for a sparse tensor, and for a name that means another tensor in another graph.
+    Raises ValueError for a sparse tensor, and for a name that means another tensor in another graph, unless both are
+    settings and no weights: of them the first is given.
     """
     stored: dict[str, TensorProto] = {}
     for graph in graphs(model):
@@ -109,10 +112,10 @@ def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
             msg = "it holds sparse tensors, which are not counted"
             raise ValueError(msg)
         for name, tensor in (*((tensor.name, tensor) for tensor in graph.initializer), *_constants(graph)):
-            if name in stored and stored[name] != tensor:
+            before = stored.setdefault(name, tensor)
+            if before != tensor and not {before.data_type, tensor.data_type} <= _SETTINGS:
                 msg = f"two of its graphs hold tensors of one name, {name!r}, which are not told apart"
                 raise ValueError(msg)
-            stored[name] = tensor
     return stored
 
 
@@ -147,10 +150,12 @@ def _inlined(model: ModelProto) -> ModelProto:
         msg = f"its functions cannot be inlined: {error}"
         raise ValueError(msg) from error
     called = {_identity(node) for node in _with_nested(inlined.graph.node)}
-    for function in (function for function in inlined.functions if _identity(function) in called):
-        opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in function.opset_import)
-        msg = f"a function must use the opsets of its model, got {opsets} for {f'{function.domain}.{function.name}'!r}"
-        raise ValueError(msg)
+    for function in inlined.functions:
+        if _identity(function) in called:
+            opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in function.opset_import)
+            name = f"{function.domain}.{function.name}"
+            msg = f"a function must use the opsets of its model, got {opsets} for {name!r}"
+            raise ValueError(msg)
     return inlined
 
 
@@ -161,13 +166,19 @@ def _check_inlined_size(model: ModelProto) -> None:
     sizes: dict[tuple[str, str, str], int] = {}
     try:
         for name in TopologicalSorter(callees).static_order():
-            # a constant that many calls repeat fills memory too
-            sizes[name] = sum(1 + node.ByteSize() // 1000 + sizes.get(_identity(node), 0) for node in bodies[name])
+            sizes[name] = sum(_weight(node) * (1 + sizes.get(_identity(node), 0)) for node in bodies[name])
             _check_inlined_nodes(sizes[name])
     except CycleError as error:
         msg = f"its functions must not call themselves, as {error.args[1][0][1]!r} does"
         raise ValueError(msg) from error
-    _check_inlined_nodes(sum(sizes.get(_identity(node), 0) for node in _with_nested(model.graph.node)))
+    calls = ((node, sizes.get(_identity(node), 0)) for node in _with_nested(model.graph.node))
+    _check_inlined_nodes(sum(_weight(node) * size for node, size in calls))
+
+
+def _weight(node: NodeProto) -> int:
+    """How much of a bound a node takes: a constant fills memory, and so does one that a call hands to the body."""
+    size_bytes: int = node.ByteSize()
+    return 1 + size_bytes // 1000
 
 
 def _check_inlined_nodes(count: int) -> None:
@@ -224,7 +235,8 @@ def _check_domains(model: ModelProto) -> None:
 
 def _check_operands(model: ModelProto) -> None:
     """Refuse an operand left out that its operator needs: at some of them ONNX Runtime ends the process."""
-    versions = {_domain(opset.domain): opset.version for opset in model.opset_import}
+    # what asks for a version takes 32 bits; ONNX Runtime itself refuses one that is not there
+    versions = {_domain(opset.domain): min(max(opset.version, 0), 2**31 - 1) for opset in model.opset_import}
     for node in _with_nested(model.graph.node):
         domain = _domain(node.domain)
         known = (node.op_type, versions.get(domain, 0), domain)

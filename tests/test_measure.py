@@ -416,6 +416,17 @@ def test_branches_with_one_name_for_two_weights_are_not_counted():
         counted(graph_model(node, weights={"yes": np.array(True)}, shape=(4, 4)))
 
 
+def test_branches_with_one_name_for_two_shapes_are_counted():
+    def branch(*shape: int) -> onnx.GraphProto:
+        constant = make_node("Constant", [], ["shape"], value=numpy_helper.from_array(np.array(shape)))
+        value = make_tensor_value_info("z", TensorProto.FLOAT, None)
+        return make_graph([constant, make_node("Reshape", ["w", "shape"], ["z"])], "branch", [], [value])
+
+    node = make_node("If", ["yes"], ["y"], then_branch=branch(4, 1), else_branch=branch(2, 2))
+    weights = {"yes": np.array(True), "w": np.ones((1, 4), np.float32)}
+    assert counted(graph_model(node, weights=weights, shape=(4, 4))) == (4, 4)
+
+
 def test_shape_constants_and_literals_are_no_parameters():
     nodes = [
         make_node("Reshape", ["x", "shape"], ["a"]),

@@ -265,6 +265,27 @@ def test_operand_that_may_be_left_out_is_not_missed(tmp_path, node):
     assert load_graph(tmp_path / "model.onnx").graph.node[0] == node
 
 
+def test_opset_beyond_any_number_asks_for_no_operand(tmp_path):
+    model = graph_model(make_node("Clip", ["x", "", "x"], ["y"]), weights={}, shape=("n", 4))
+    model.opset_import[0].version = 2**40
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    assert load_graph(tmp_path / "model.onnx") == model  # ONNX Runtime refuses it
+
+
+def test_constant_that_a_call_hands_to_many_nodes_counts_at_each(tmp_path):
+    given = onnx.AttributeProto(name="value", ref_attr_name="big", type=onnx.AttributeProto.TENSOR)
+    nodes = [make_node("Constant", [], [f"c{index}"]) for index in range(2000)]
+    for node in nodes:
+        node.attribute.append(given)
+    called = function("F0", *nodes, make_node("Relu", ["a"], ["b"]))
+    called.attribute.append("big")
+    model = calling("F0", ["x"], [called])
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("big", MEGABYTE))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="of which 1 kB of constants counts as one"):
+        load_graph(tmp_path / "model.onnx")
+
+
 def test_file_that_is_larger_than_a_protobuf_message_is_not_read(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(linear_model(WEIGHT).SerializeToString())
