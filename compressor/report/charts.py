@@ -58,7 +58,7 @@ class Scale:
     def _multiples(self, most: int) -> tuple[float, ...]:
         """Multiples of the smallest round step of which at most `most` lie within."""
         exponent = math.floor(math.log10((self.high - self.low) / most))
-        steps = (float(f"{step}e{exponent + higher}") for higher in (0, 1) for step in (1, 2, 5))
+        steps = (float(f"{step}e{exponent + higher}") for higher in (0, 1) for step in (1, 2, 2.5, 5))
         for step in steps:
             first, last = math.ceil(self.low / step), math.floor(self.high / step)
             if last - first < most:
