@@ -3,9 +3,7 @@
 import io
 import json
 import logging
-import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from compressor.command_options import DEVICE, FILE, JUNIT, MOST_THREADS, OVERRIDES, RUNS, finite, sizes_by_name
 from compressor.console import IN_ACTIONS, annotate_problems, complain, for_people, say, tell
 from compressor.errors import CompressorError, ConfigError, InputError
 from compressor.report.figures import printable
@@ -26,25 +25,6 @@ from compressor.report.table import to_table
 
 # ruff: noqa: PLC0415  # much answers without torch: a command imports what it needs
 
-_OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one setting.")
-_RUNS = click.option(
-    "--runs",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Where run directories lie; this run's is named after its pipeline.",
-)
-_FILE = click.argument("file", type=click.Path(path_type=Path))
-_DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-_JUNIT = click.option(
-    "--junit",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a JUnit XML file with one test case per limit.",
-)
-
-_MOST_THREADS = 256
-"""More than a processor has on which a model is timed; a system may refuse to start so many."""
 _IS_MAIN = os.environ.get("RANK", "0") == "0"
 """Under torchrun one process speaks for all."""
 
@@ -64,12 +44,12 @@ def compress() -> None:
 
 
 @compress.command()
-@_FILE
-@_OVERRIDES
-@_RUNS
-@_DEVICE
+@FILE
+@OVERRIDES
+@RUNS
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-@_JUNIT
+@JUNIT
 def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_json: bool, junit: Path | None) -> int:
     """Run a pipeline FILE; stages whose result is stored are not run again.
 
@@ -91,20 +71,18 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
         found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
     if not _IS_MAIN:
         return 0  # the main process tells; torchrun would end it while it prints
-    if junit:
-        _write_junit(junit, found.pipeline, found.verdicts)
     files = Path(found.rows[-1].model_file).name, "report.html", "report.json"
-    paths = "\n".join(str(directory / file) for file in files)
+    paths = "\n".join(printable(str(directory / file)) for file in files)
     text = to_json(found) if as_json else for_people(f"{to_table(found)}\n\n{paths}")
-    tell(text, to_markdown(found), found.verdicts)
+    _tell_verdicts(found.pipeline, found.verdicts, text, to_markdown(found), junit)
     return exit_code(found.verdicts)
 
 
 @compress.command()
-@_FILE
-@_OVERRIDES
-@_RUNS
-@_DEVICE
+@FILE
+@OVERRIDES
+@RUNS
+@DEVICE
 def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> int:
     """Validate a pipeline FILE and print what a run would do; the user's code is not imported."""
     from compressor.config import load
@@ -143,7 +121,7 @@ def report(directory: Path, *, as_json: bool, html: Path | None) -> int:
     "--baseline", type=click.Path(path_type=Path), required=True, help="An earlier report.json of the same pipeline."
 )
 @click.option("--budget", type=click.Path(path_type=Path), help="YAML file that says how much worse may be what.")
-@_JUNIT
+@JUNIT
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts and the exit code as JSON.")
 def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, *, as_json: bool) -> int:
     """Compare what a run delivered, by its REPORT (report.json), with what an earlier run did.
@@ -166,14 +144,13 @@ def gate(report: Path, baseline: Path, budget: Path | None, junit: Path | None, 
         verdicts = (incomparable(str(error)),)
     code = exit_code(verdicts)
     sentences = [sentence(verdict) for verdict in verdicts] or ["every limit of the budget is off"]
-    if junit:
-        _write_junit(junit, name, verdicts)
     if as_json:
         told = [verdict.model_dump(mode="json") for verdict in verdicts]
         text = json.dumps({"schema_version": 1, "exit_code": code, "verdicts": told}, indent=1)
     else:
         text = for_people("\n".join(map(printable, sentences)))
-    tell(text, f"# {escape(f'Gate of {name}')}\n\n{markdown_bullets(sentences)}\n", verdicts)
+    markdown = f"# {escape(f'Gate of {name}')}\n\n{markdown_bullets(sentences)}\n"
+    _tell_verdicts(name, verdicts, text, markdown, junit)
     return code
 
 
@@ -192,8 +169,8 @@ def diff(old: Path, new: Path, *, as_markdown: bool) -> int:
 
 
 @compress.command()
-@_FILE
-@_OVERRIDES
+@FILE
+@OVERRIDES
 def layers(file: Path, overrides: tuple[str, ...]) -> int:
     """List the layers of every model that a pipeline FILE names: what settings such as `layers` may say.
 
@@ -210,10 +187,10 @@ def layers(file: Path, overrides: tuple[str, ...]) -> int:
 
 
 @compress.command()
-@_FILE
-@_OVERRIDES
-@_RUNS
-@_DEVICE
+@FILE
+@OVERRIDES
+@RUNS
+@DEVICE
 @click.option("--stage", type=click.IntRange(min=0), help="Which pruning or sensitivity stage, counted from 0.")
 def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str, stage: int | None) -> int:
     """Cut one group of channels at a time of the model that is pruned in a pipeline FILE, and show what it costs.
@@ -234,27 +211,9 @@ def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str,
         directory = runs / pipeline.name
         found = run_sensitivity(pipeline, directory, device=torch.device(_device(device)))
     if _IS_MAIN:
-        say(f"{shown.to_table(found)}\n\n{directory / 'sensitivity.md'}\n{directory / 'sensitivity.svg'}")
+        files = "\n".join(printable(str(directory / f"sensitivity.{suffix}")) for suffix in ("md", "svg"))
+        say(f"{shown.to_table(found)}\n\n{files}")
     return 0
-
-
-def _sizes(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, int]:
-    """Sizes by name, from texts such as `height=224`."""
-    sizes = {}
-    for text in given:
-        found = re.fullmatch("(?s)(.+)=([0-9]{1,18})", text)
-        if not found:
-            msg = f"must be NAME=SIZE, SIZE of at most 18 digits, got {text[:80]!r}"
-            raise click.BadParameter(msg)
-        sizes[found[1]] = int(found[2])
-    return sizes
-
-
-def _finite(_context: click.Context, _option: click.Parameter, given: float) -> float:
-    if not math.isfinite(given):
-        msg = f"must be a finite number, got {given}"
-        raise click.BadParameter(msg)
-    return given
 
 
 @compress.command()
@@ -272,7 +231,7 @@ def _finite(_context: click.Context, _option: click.Parameter, given: float) -> 
     "thread_counts",
     multiple=True,
     default=(1,),
-    type=click.IntRange(min=1, max=_MOST_THREADS),
+    type=click.IntRange(min=1, max=MOST_THREADS),
     help="Threads of one inference; may be given several times.  [default: 1]",
 )
 @click.option(
@@ -280,7 +239,7 @@ def _finite(_context: click.Context, _option: click.Parameter, given: float) -> 
     "sizes",
     multiple=True,
     metavar="NAME=SIZE",
-    callback=_sizes,
+    callback=sizes_by_name,
     help="Size of a dynamic dimension other than the batch; may be given several times.",
 )
 @click.option(
@@ -294,7 +253,7 @@ def _finite(_context: click.Context, _option: click.Parameter, given: float) -> 
     default=20.0,
     show_default=True,
     type=click.FloatRange(min=0),
-    callback=_finite,
+    callback=finite,
     help="Most seconds for each file, each batch size and each number of threads.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -390,11 +349,16 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _write_junit(file: Path, name: str, verdicts: Sequence[Verdict]) -> None:
+def _tell_verdicts(name: str, verdicts: Sequence[Verdict], text: str, markdown: str, junit: Path | None) -> None:
+    """Print, publish and write what was found of a pipeline; where one of these fails, the others are still done."""
     from compressor.disk import write_output
     from compressor.report.junit import to_junit
 
-    write_output(file, to_junit(name, verdicts))
+    try:
+        tell(text, markdown, verdicts)
+    finally:
+        if junit:
+            write_output(junit, to_junit(name, verdicts))
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

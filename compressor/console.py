@@ -31,7 +31,8 @@ def say(text: str, *, err: bool = False) -> None:
         click.echo(text.removesuffix("\n"), err=err)
     except OSError as error:
         # what is still in the buffer would end the process with an exit code of its own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), (sys.stderr if err else sys.stdout).fileno())
         if not err and error.errno != errno.EPIPE:
             msg = f"standard output must take what is printed: {error.strerror}; send it to another place"
             raise HostError(msg) from error

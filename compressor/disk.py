@@ -50,18 +50,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write to the file that the user chose: atomically, where a link leads, or straight into a pipe or a device.
+    """Write to the file that the user chose: atomically, where a link leads; a pipe or a device gets it as it is.
+
+    So does the file that this process prints to, as /dev/stdout names it, behind what is printed.
 
     Makes the directories. Text is UTF-8. Raises HostError for whatever the system has against it.
     """
     data = content.encode() if isinstance(content, str) else content
     with output_errors(path):
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
+        if path.exists() and (not path.is_file() or _is_printed_to(path)):
+            with path.open("ab") as stream:
+                stream.write(data)
             return
         target = Path(os.path.realpath(path))
         make_directory(target.parent)
         write_atomically(target, data)
+
+
+def _is_printed_to(path: Path) -> bool:
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return True
+    return False
 
 
 @contextlib.contextmanager

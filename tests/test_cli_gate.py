@@ -283,6 +283,26 @@ def test_a_summary_that_cannot_be_written_exits_7_after_all_else_is_told(larger,
     assert junit.exists()
 
 
+def test_a_junit_xml_that_cannot_be_written_exits_7_after_all_else_is_told(larger, tmp_path):
+    summary = tmp_path / "summary.md"
+    (tmp_path / "file").touch()
+    finished = gate(
+        larger, "--junit", tmp_path / "file/gate.xml", GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(summary)
+    )
+    assert finished.returncode == 7
+    assert finished.stdout.startswith("unmet: size_bytes")
+    assert finished.stderr.startswith("::error title=size_bytes::unmet")
+    assert "unmet: size" in summary.read_text()
+
+
+def test_a_junit_xml_can_follow_what_is_printed_in_one_file(larger, tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        assert gate(larger, "--junit", tmp_path / "log", stdout=log.fileno()).returncode == 3
+    told = (tmp_path / "log").read_text()
+    assert told.startswith("unmet: size_bytes")
+    assert told.endswith("</testsuites>\n")
+
+
 def test_in_github_actions_no_error_of_usage_is_a_command():
     finished = gate(REPORT, "a\n::error::b", GITHUB_ACTIONS="true")
     assert finished.returncode == 2

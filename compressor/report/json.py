@@ -32,7 +32,7 @@ def read_report(path: Path) -> Report:
         with path.open("rb") as file:  # a pipe as well: a shell makes one of the output of `git show`
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
-            msg = f"{path} must be a report of at most {MOST_BYTES >> 20} MiB, got more"
+            msg = f"{path} must be a report, of at most {MOST_BYTES >> 20} MiB, got more; `compress run` writes one"
             raise InputError(msg)
         written = _Header.model_validate_json(text).schema_version
         ours = Report.model_fields["schema_version"].default

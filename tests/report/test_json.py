@@ -102,7 +102,7 @@ def test_a_missing_report_says_what_writes_one(tmp_path):
 def test_more_than_a_report_ever_has_is_not_read(tmp_path):
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", MOST_BYTES + 1)  # a hole, which takes no room
-    with pytest.raises(InputError, match="must be a report of at most 64 MiB, got more"):
+    with pytest.raises(InputError, match="must be a report, of at most 64 MiB, got more"):
         read_report(tmp_path / "large")
 
 
