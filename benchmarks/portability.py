@@ -54,6 +54,8 @@ def main() -> None:
         name: task_of(name, arguments.mnist_dir, arguments.cifar10_dir).test.inputs[0][:IMAGES].numpy()
         for name in NETWORKS
     }
+    if faults := [text for text in arguments.machines if "=" not in text]:
+        parser.error(f"each machine must be MACHINE=COMMAND, got {faults}")
     machines = dict(text.split("=", 1) for text in arguments.machines)
     here = logits([sys.executable], images)
     rows = []
@@ -69,8 +71,14 @@ def main() -> None:
                 }
             )
     names = " ".join(f"'{machine}=COMMAND'" for machine in machines)
-    result = {"machines": machines, "images": IMAGES, "rows": rows, "environment": environment()}
+    commands = {machine: without_places(command) for machine, command in machines.items()}
+    result = {"machines": commands, "images": IMAGES, "rows": rows, "environment": environment()}
     publish("portability", f"python benchmarks/portability.py MNIST_DIR CIFAR10_DIR {names}", result, table)
+
+
+def without_places(command: str) -> str:
+    """The command with the last component of each path: where things lie is of no use on another machine."""
+    return shlex.join(Path(part).name if "/" in part else part for part in shlex.split(command))
 
 
 def logits(command: list[str], images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from compressor.errors import StageError
 from compressor.export import capture, translate
 from compressor.onnx_inputs import Array
 from compressor.qdq import simplify_qdq
+from compressor.runtime import CPU
 from compressor.task import Task
 
 _CALLS = 200
@@ -62,7 +63,7 @@ def kernels(path: Path, inputs: Sequence[Array]) -> tuple[Kernel, ...]:
         options.log_severity_level = 3
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(directory) / "profile")
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, **CPU)
         feeds = {node.name: array for node, array in zip(session.get_inputs(), inputs, strict=True)}
         for _ in range(_CALLS):
             session.run(None, feeds)
