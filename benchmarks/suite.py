@@ -1,23 +1,21 @@
-"""The headline results: `python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR [--seeds 0 1 2]`.
+"""The headline results: `python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR [--seeds 0 1 2] [--only NAME …]`.
 
 Runs the demo, the pipelines of MNIST and CIFAR-10 with each seed, and with the first one that of CIFAR-10 also in
-parts: each technique alone, every pair, and both orders of distillation and pruning. All stages are kept under
-runs/headline, and the same command goes on from there. When every model is made, pipelines are timed again with nothing
-else running, and the parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of
-the same teacher.
-The first seed's reports and the figures of all go to benchmarks/results, tables to the README.
+parts, each technique alone and every pair, and with pruning first. All stages are kept under runs/headline, and the
+same command goes on from there. When every model is made, pipelines are timed again with nothing else running, and the
+parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same teacher.
+The first seed's reports and the figures of all go to benchmarks/results, tables to the README. With `--only` the other
+pipelines keep the figures that are committed, which must come from the same machine and versions.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,24 +28,19 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the examples' data, and the peers
 
-from compressor.latency import time_models
-from compressor.report.environment import environment
-from compressor.report.figures import compared_size, count, factor, size, speed
-from compressor.report.json import read_report, to_json
-from compressor.report.markdown import to_markdown
-from compressor.report.measurements import Latency
-from compressor.report.records import Report
+from headline import DEEP_COMPRESSION, NETWORKS, PRUNED_FIRST, WHOLE, table
+from publish import RESULTS, publish, today
 
-RESULTS, RUNS = ROOT / "benchmarks" / "results", ROOT / "runs" / "headline"
-README, BEGIN, END = ROOT / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
-DEEP_COMPRESSION = {"mnist": (39, 0.9920), "mnist_300_100": (40, 0.9836)}
-"""How much smaller Han et al. (2016) made the same network, and its test accuracy, which they did not lose."""
-TECHNIQUES = {
-    "D": ("soft_labels", "distillation"),
-    "P": ("magnitude_pruning",),
-    "Q": ("int8_qat", "onnx_export"),
-}
-WHOLE, PARTS = "DPQ", ("D", "P", "Q", "DP", "DQ", "PQ", "PDQ")
+from compressor.latency import time_models
+from compressor.onnx_inputs import random_inputs
+from compressor.report.environment import environment
+from compressor.report.json import read_report, to_json
+from compressor.report.records import Report
+from compressor.task import Task
+
+RUNS = ROOT / "runs" / "headline"
+SEEDS = [0, 1, 2]
+SAME_MACHINE = ("cpu", "cpu_flags", "cores", "architecture", "python", "versions")
 
 
 def main() -> None:
@@ -56,47 +49,69 @@ def main() -> None:
     parser.add_argument("mnist_dir", type=Path)
     parser.add_argument("cifar10_dir", type=Path)
     parser.add_argument("weights_dir", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
     arguments = parser.parse_args()
     places = {
         name: os.path.relpath(getattr(arguments, name), ROOT) for name in ("mnist_dir", "cifar10_dir", "weights_dir")
     }
     import nncf  # noqa: PLC0415  # an extra; better to lack it before hours of work than after
 
-    whole: dict[str, list[Callable[[], Report]]] = {
-        "cifar10": [partial(cifar10_report, WHOLE, seed, places) for seed in arguments.seeds],
+    facts = environment()
+    facts["versions"] |= {"nncf": nncf.__version__}
+    networks = kept(arguments.seeds, arguments.only, facts)
+    first = arguments.seeds[0]
+    pipelines: dict[str, list[Callable[[], Report]]] = {
+        "cifar10": [partial(cifar10_report, seed, places) for seed in arguments.seeds],
         **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in DEEP_COMPRESSION},
         "digits": [digits_report],
     }
-    others = [run for name, runs in whole.items() for run in (runs[1:] if name == "cifar10" else runs)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each, so that any number of cores gives equal sums
-        of_parts = pool.submit(cifar10_parts, arguments.seeds[0], places)  # they begin with the whole
+    chosen = {name: runs for name, runs in pipelines.items() if name in arguments.only}
+    jobs: list[Callable[[], object]] = [run for runs in chosen.values() for run in runs]
+    if "cifar10_parts" in arguments.only:
+        shared = chosen.get("cifar10", [])[:1]  # one directory, in which one run works at a time
+        jobs = [partial(cifar10_parts, first, places), partial(pruned_first, first, places), *jobs[len(shared) :]]
+    make_all(jobs)
+    for name, runs in chosen.items():
+        reports = [run() for run in runs]  # from what is kept, and timed alone
+        (RESULTS / f"pipeline_{name}.json").write_text(to_json(reports[0]))
+        networks[name] = {"date": today(), "runs": [of_run(report) for report in reports]}
+    if "mnist_300_100" in chosen:
+        networks["mnist_300_100"]["bounds"] = bounds(first)
+    if "cifar10_parts" in arguments.only:
+        networks["cifar10_parts"] = {"date": today(), **timed_together(first, places)}
+    seeds = "" if arguments.seeds == SEEDS else f" --seeds {' '.join(map(str, arguments.seeds))}"
+    result = {"seeds": arguments.seeds, "networks": networks, "environment": facts}
+    publish("headline", f"python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR{seeds}", result, table)
+
+
+def kept(seeds: Sequence[int], names: Container[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The committed figures of the networks that are not among `names`.
+
+    Raises RuntimeError if they cannot stand beside new ones, found with these seeds where these are the facts.
+    """
+    others = [name for name in NETWORKS if name not in names]
+    if not others:
+        return {}
+    committed = json.loads((RESULTS / "headline.json").read_text())
+    changed = [fact for fact in SAME_MACHINE if committed["environment"][fact] != facts[fact]]
+    changed += [] if committed["seeds"] == seeds else ["seed"]
+    if changed:
+        found = ", ".join(changed)
+        msg = f"the figures of {', '.join(others)} must have been found here, got another {found}; run without --only"
+        raise RuntimeError(msg)
+    return {name: committed["networks"][name] for name in others}
+
+
+def make_all(jobs: Iterable[Callable[[], object]]) -> None:
+    """Make every model, a job on each core, with one thread, so that any number of cores gives equal sums."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for finished in as_completed([of_parts, *map(pool.submit, others)]):
+            for finished in as_completed([pool.submit(job) for job in jobs]):
                 finished.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    reports = {name: [run() for run in runs] for name, runs in whole.items()}  # from what is kept, and timed alone
-    session = timed_together(arguments.seeds[0], places)
-    facts = environment()
-    result = {
-        "command": "python benchmarks/suite.py MNIST_DIR CIFAR10_DIR WEIGHTS_DIR"
-        + ("" if arguments.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, arguments.seeds))}"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "seeds": arguments.seeds,
-        "pipelines": {name: [of_run(report) for report in found] for name, found in reports.items()},
-        "one_layer": one_layer(arguments.seeds[0]),
-        "cifar10_session": session,
-        "environment": {**facts, "versions": {**facts["versions"], "nncf": nncf.__version__}},
-    }
-    for name, found in reports.items():
-        (RESULTS / f"pipeline_{name}.json").write_text(to_json(found[0]))
-    (RESULTS / "headline.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{tables(result)}\n{END}{after}")
-    print(tables(result))
 
 
 def compressed(name: str, file: Path, runs: Path, overrides: Mapping[str, object]) -> Report:
@@ -131,35 +146,71 @@ def mnist_report(name: str, seed: int, places: Mapping[str, str]) -> Report:
     return compressed(f"{name} {seed}", ROOT / "pipelines" / f"{name}.yaml", RUNS / f"seed{seed}", overrides)
 
 
-def cifar10_report(chain: str, seed: int, places: Mapping[str, str]) -> Report:
-    """The pipeline of CIFAR-10, or a part of it; its model is kept by the name of the part."""
-    file, runs = ROOT / "pipelines" / "cifar10.yaml", RUNS / f"seed{seed}"
-    settings = YAML(typ="safe").load(file)
-    by_name = {stage["stage"]: stage for stage in settings["stages"]}
-    names = [name for technique in chain for name in TECHNIQUES[technique]]
-    kept = runs / "parts" / chain
-    kept.mkdir(parents=True, exist_ok=True)
-    if chain != WHOLE:
-        file = kept / file.name
-        del settings["gate"]
-        file.write_text(json.dumps({**settings, "stages": [by_name[name] for name in names]}))  # JSON is YAML
-    weights = f"{places['weights_dir']}/{{}}_cifar10.safetensors"
-    overrides = {
-        "seed": seed,
-        "task.data_dir": places["cifar10_dir"],
-        "model.weights_path": weights.format("resnet56"),
-    }
-    if "distillation" in names:
-        overrides[f"stages.{names.index('distillation')}.student.weights_path"] = weights.format("resnet20")
-    report = compressed(f"cifar10 {seed} {chain}", file, runs, overrides)
-    shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept / "model.onnx")
-    return report
+def cifar10_report(seed: int, places: Mapping[str, str]) -> Report:
+    """The pipeline of CIFAR-10."""
+    file = ROOT / "pipelines" / "cifar10.yaml"
+    return compressed(f"cifar10 {seed}", file, RUNS / f"seed{seed}", cifar10_overrides(file, seed, places))
 
 
 def cifar10_parts(seed: int, places: Mapping[str, str]) -> None:
-    """Make every part of the pipeline of CIFAR-10; they share the stages they begin with, so the longest go first."""
-    for chain in (WHOLE, *reversed(PARTS)):
-        cifar10_report(chain, seed, places)
+    """Make every part of the pipeline of CIFAR-10, the whole among them; they share the stages they begin with."""
+    runs = RUNS / f"seed{seed}"
+    for label, settings in parts().items():
+        kept = part_file(label, seed)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        file = kept.with_name("cifar10.yaml")
+        file.write_text(json.dumps(settings))  # JSON is YAML
+        report = compressed(f"{label} {seed}", file, runs, cifar10_overrides(file, seed, places))
+        shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept)
+
+
+def part_file(label: str, seed: int) -> Path:
+    """Where the ONNX file of a part is kept."""
+    return RUNS / f"seed{seed}" / "parts" / label.replace(" ", "_") / "model.onnx"
+
+
+def parts() -> dict[str, dict[str, Any]]:
+    """Settings of the small network as it came, of each technique alone, of every pair and of the whole."""
+    settings = YAML(typ="safe").load(ROOT / "pipelines" / "cifar10.yaml")
+    stage = {one["stage"]: one for one in settings["stages"]}
+    distillation, pruning = [stage["soft_labels"], stage["distillation"]], [stage["magnitude_pruning"]]
+    export = [stage["onnx_export"]]
+    int8 = [stage["int8_qat"], *export]
+    chains = {
+        "distillation": distillation,
+        "pruning": pruning,
+        "int8 (PTQ)": [{"stage": "int8_ptq", "target": stage["int8_qat"]["target"]}, *export],
+        "int8 (QAT)": int8,
+        "distillation → pruning": [*distillation, *pruning],
+        "distillation → int8 (QAT)": [*distillation, *int8],
+        "pruning → int8 (QAT)": [*pruning, *int8],
+        WHOLE: [*distillation, *pruning, *int8],
+    }
+    shared = {key: value for key, value in settings.items() if key != "gate"}
+    student = {**shared, "model": stage["distillation"]["student"], "stages": export}
+    return {"ResNet-20 as it came": student} | {label: {**shared, "stages": chain} for label, chain in chains.items()}
+
+
+def pruned_first(seed: int, places: Mapping[str, str]) -> Report:
+    """The chain that prunes the large network itself, down to the parameters of the whole."""
+    file = ROOT / "pipelines" / "cifar10_pruned_first.yaml"
+    return compressed(f"{file.stem} {seed}", file, RUNS / f"seed{seed}", cifar10_overrides(file, seed, places))
+
+
+def cifar10_overrides(file: Path, seed: int, places: Mapping[str, str]) -> dict[str, object]:
+    """The seed, and where data and weights lie, for a pipeline of CIFAR-10."""
+    settings = YAML(typ="safe").load(file)
+    references = {"model": settings["model"]} | {
+        f"stages.{index}.{role}": stage[role]
+        for index, stage in enumerate(settings["stages"])
+        for role in ("student", "teacher")
+        if role in stage
+    }
+    weights = {
+        f"{path}.weights_path": f"{places['weights_dir']}/{Path(reference['weights_path']).name}"
+        for path, reference in references.items()
+    }
+    return {"seed": seed, "task.data_dir": places["cifar10_dir"], **weights}
 
 
 def of_run(report: Report) -> dict[str, Any]:
@@ -184,120 +235,70 @@ def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
     import cifar10  # noqa: PLC0415  # imports torch
 
     from compressor.measure import measure  # noqa: PLC0415
-    from compressor.onnx_writing import compact, write  # noqa: PLC0415
-    from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
 
     task, runs = cifar10.task(ROOT / places["cifar10_dir"]), RUNS / f"seed{seed}"
-    baseline = runs / "cifar10" / read_report(runs / "cifar10" / "report.json").rows[0].model_file
-    files = {"float32": baseline} | {chain: runs / "parts" / chain / "model.onnx" for chain in (*PARTS, WHOLE)}
-    peers: dict[str, Callable[[Path], object]] = {
-        "onnxruntime, calibrated, defaults": lambda place: by_onnxruntime(baseline, task, None, place),
-        "onnxruntime, calibrated, per channel": lambda place: by_onnxruntime(baseline, task, "MinMax", place),
-        "NNCF, calibrated": lambda place: by_nncf(baseline, task, "mixed", place),
-    }
-    for name, make in peers.items():
-        place = runs / "peers" / name.replace(", ", "_").replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        make(place)
-        files[name] = place / "without_metadata.onnx"  # as ours are
-        write(compact(onnx.load(place / "model.onnx")), files[name])
-    found = {name: measure(file, task).measurement for name, file in files.items()}
+    rows = read_report(runs / "cifar10_pruned_first" / "report.json").rows
+    baseline, last = (runs / "cifar10_pruned_first" / row.model_file for row in (rows[0], rows[-1]))
+    files = {"float32": baseline} | {label: part_file(label, seed) for label in parts()} | {PRUNED_FIRST: last}
+    files |= by_peers(baseline, task, runs / "peers")
+    found = {label: measure(file, task).measurement for label, file in files.items()}
     times, session = time_models(tuple(files.values()), inputs=[task.example_inputs[0][:1].numpy()])
     rows = {
-        name: {
-            "size_bytes": found[name].size_bytes,
-            "accuracy": found[name].metrics["accuracy"],
+        label: {
+            "size_bytes": found[label].size_bytes,
+            "parameters": found[label].parameters,
+            "accuracy": found[label].metrics["accuracy"],
             "latency": latency.model_dump(),
         }
-        for name, latency in zip(files, times, strict=True)
+        for label, latency in zip(files, times, strict=True)
     }
     return {"rows": rows, "session": session.model_dump()}
 
 
-def one_layer(seed: int) -> dict[str, Any]:
-    """Latency of a single layer, 784 inputs and 10 outputs, beside LeNet-300-100: nothing on these inputs is faster."""
+def by_peers(baseline: Path, task: Task, place: Path) -> dict[str, Path]:
+    """The int8 that others make of the baseline: ONNX files by label, like ours without traces of their makers."""
+    from compressor.onnx_writing import compact, write  # noqa: PLC0415
+    from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
+
+    peers: dict[str, Callable[[Path], object]] = {
+        "onnxruntime, defaults (PTQ)": lambda place: by_onnxruntime(baseline, task, None, place),
+        "onnxruntime, per channel, MinMax (PTQ)": lambda place: by_onnxruntime(baseline, task, "MinMax", place),
+        "NNCF, preset mixed (PTQ)": lambda place: by_nncf(baseline, task, "mixed", place),
+    }
+    files = {}
+    for label, make in peers.items():
+        own = place / label.replace(" ", "_")
+        own.mkdir(parents=True, exist_ok=True)
+        make(own)
+        files[label] = own / "without_metadata.onnx"
+        write(compact(onnx.load(own / "model.onnx")), files[label])
+    return files
+
+
+def bounds(seed: int) -> dict[str, Any]:
+    """What bounds the speed on LeNet-300-100: files that compute next to nothing, and the model at a batch of 32."""
     runs = RUNS / f"seed{seed}" / "mnist_300_100"
-    baseline = runs / read_report(runs / "report.json").rows[0].model_file
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("Gemm", ["flat", "weight"], ["y"])],
-        "one layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 28, 28])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 10])],
-        [numpy_helper.from_array(np.full((784, 10), 0.01, dtype=np.float32), "weight")],
-    )
-    file = RUNS / f"seed{seed}" / "one_layer.onnx"
+    rows = read_report(runs / "report.json").rows
+    baseline, delivered = (runs / row.model_file for row in (rows[0], rows[-1]))
+    weight = numpy_helper.from_array(np.full((784, 10), 0.01, dtype=np.float32), "weight")
+    layer = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("Gemm", ["flat", "weight"], ["y"])]
+    one_layer = written(RUNS / "one_layer.onnx", layer, ["batch", 10], [weight])
+    copy = written(RUNS / "copy.onnx", [helper.make_node("Identity", ["x"], ["y"])], ["batch", 1, 28, 28], [])
+    (_, *of_bounds), _ = time_models((baseline, one_layer, copy))
+    (_, of_32), _ = time_models((baseline, delivered), inputs=random_inputs(baseline, batch_size=32))
+    found = {"one_layer": of_bounds[0], "copy": of_bounds[1], "batch_32": of_32}
+    return {name: latency.model_dump() for name, latency in found.items()}
+
+
+def written(
+    file: Path, nodes: Sequence[onnx.NodeProto], shape: Sequence[str | int], weights: Sequence[onnx.TensorProto]
+) -> Path:
+    """Write an ONNX file that maps `x`, (batch, 1, 28, 28), to `y`."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 28, 28])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, file.stem, [x], [y], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
-    (_, latency), _ = time_models((baseline, file))
-    return latency.model_dump()
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    """The README's results: the demo, MNIST beside Deep Compression, CIFAR-10 in parts and beside peers."""
-    demo = read_report(RESULTS / "pipeline_digits.json")
-    _, headline, table, *_ = to_markdown(demo).split("\n\n")
-    facts = result["environment"]
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime", "nncf"))
-    hours = sum(sum(run["seconds"].values()) for runs in result["pipelines"].values() for run in runs) / 3600
-    first, *_ = result["seeds"]
-    provenance = (
-        f"<sub>`{result['command']}`, {result['date']}. Ranges and standard deviations (±) are over seeds, everything "
-        f"else is of seed {first}; sizes without metadata. The stages of the pipelines took "
-        f"{hours:.1f} hours, on one thread each. {facts['cores']} cores of {facts['cpu']} "
-        f"({', '.join(facts['cpu_flags'])}), {versions}; all of it in [headline.json](benchmarks/results/headline.json)"
-        f", reports of seed {first} in pipeline_*.json beside it.</sub>"
-    )
-    return "\n\n".join([f"**{demo.pipeline}**: {headline}", table, of_mnist(result), of_cifar10(result), provenance])
-
-
-def of_mnist(result: Mapping[str, Any]) -> str:
-    """MNIST beside what was published."""
-    lines = [
-        "| MNIST, ONNX file | smaller | faster, batch 1 | accuracy before | after | Deep Compression |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    networks = {"mnist": "LeNet-5", "mnist_300_100": "LeNet-300-100"}
-    for name, (smaller, accuracy) in DEEP_COMPRESSION.items():
-        runs = result["pipelines"][name]
-        lines.append(
-            f"| {networks[name]}, {count(len(runs), 'seed')} | {least_and_most([run['size_ratio'] for run in runs])} | "
-            f"{least_and_most([run['latency']['ratio'] for run in runs])} | "
-            f"{mean([run['baseline_accuracy'] for run in runs])} | {mean([run['accuracy'] for run in runs])} | "
-            f"{smaller}x at {100 * accuracy:.2f} % |"
-        )
-    one = speed(Latency.model_validate(result["one_layer"]))
-    bound = f"A file of one layer, 784 inputs and 10 outputs, is {one} than LeNet-300-100."
-    return "\n".join([*lines, "", bound])
-
-
-def of_cifar10(result: Mapping[str, Any]) -> str:
-    """CIFAR-10: each technique alone, every pair, both orders, and peers, in one session."""
-    rows, noise = result["cifar10_session"]["rows"], result["cifar10_session"]["session"]["noise"]
-    lines = ["| CIFAR-10, ResNet-56 | size | | latency | accuracy |", "|---|--:|--:|--:|--:|"]
-    words = {"D": "distillation", "P": "pruning", "Q": "int8 (QAT)"}
-    for name, row in rows.items():
-        runs = result["pipelines"]["cifar10"] if name == WHOLE else [row]
-        chain = " → ".join(words[part] for part in name) if name in (*PARTS, WHOLE) else name
-        label = f"{chain}, {count(len(runs), 'seed')}" if len(runs) > 1 else chain
-        first = name == next(iter(rows))
-        smaller = "" if first else compared_size(rows["float32"]["size_bytes"], row["size_bytes"])
-        faster = "" if first else speed(Latency.model_validate(row["latency"]))
-        accuracy = mean([run["accuracy"] for run in runs])
-        lines.append(f"| {label} | {size(row['size_bytes'])} | {smaller} | {faster} | {accuracy} |")
-    floor = max(noise["ratio_high"], 1 / noise["ratio_low"]) - 1
-    return "\n".join(
-        [*lines, "", f"One latency session; two sessions of one file differ by up to {100 * floor:.1f} %."]
-    )
-
-
-def mean(shares: Sequence[float]) -> str:
-    """Mean, and standard deviation if there are several, of shares, in percent."""
-    deviation = f" ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
-    return f"{100 * statistics.fmean(shares):.2f}{deviation} %"
-
-
-def least_and_most(ratios: Sequence[float]) -> str:
-    """The smallest and the largest of some ratios, or one figure where both are written alike."""
-    return " to ".join(dict.fromkeys(f"{factor(ratio)}x" for ratio in (min(ratios), max(ratios))))
+    return file
 
 
 if __name__ == "__main__":

@@ -48,6 +48,16 @@ def student() -> nn.Module:
     )
 
 
+def smallest_student() -> nn.Module:
+    """Three layers, 10 thousand parameters before pruning: beside LeNet-300-100 each further operator shows."""
+    return nn.Sequential(
+        *convolution(1, 16, kernel_size=5, stride=3, padding=1),
+        *convolution(16, 32, kernel_size=3, stride=2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+
+
 def convolution(
     channels: int, features: int, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> list[nn.Module]:
