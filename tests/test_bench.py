@@ -224,7 +224,7 @@ def test_command_prints_tables_or_markdown(small):
         (["--dimension", "height"], "must be NAME=SIZE, SIZE of at most 18 digits, got 'height'"),
         (["--dimension", "height=" + "9" * 5000], "SIZE of at most 18 digits, got 'height=99"),
         (["--batch-size", "0"], "x>=1"),
-        (["--threads", "3000000000"], "1<=x<=256"),
+        (["--threads", "3000000000"], "1<=x<=1024"),
         (["--max-seconds", "nan"], "must be a finite number, got nan"),
         (["--max-seconds", "inf"], "must be a finite number, got inf"),
     ],
