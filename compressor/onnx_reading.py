@@ -2,7 +2,7 @@
 
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,17 @@ def external_files(model: ModelProto, directory: Path) -> tuple[Path, ...]:
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """The graph of the model, then every graph nested in its control flow."""
-    waiting = [model.graph]
-    while waiting:
-        graph = waiting.pop(0)
-        yield graph
-        for node in graph.node:
-            for given in node.attribute:
-                waiting += [*([given.g] if given.HasField("g") else []), *given.graphs]
+    yield model.graph
+    yield from _nested(model.graph.node)
+
+
+def _nested(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """Every graph in the control flow of the nodes."""
+    for node in nodes:
+        for given in node.attribute:
+            for graph in (*([given.g] if given.HasField("g") else []), *given.graphs):
+                yield graph
+                yield from _nested(graph.node)
 
 
 def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
@@ -196,13 +200,11 @@ def _identity(called: FunctionProto | NodeProto) -> tuple[str, str, str]:
     return _domain(called.domain), name, called.overload
 
 
-def _with_nested(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+def _with_nested(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
     """The nodes, and all in graphs of their attributes."""
-    for node in nodes:
-        yield node
-        for given in node.attribute:
-            for graph in (given.g, *given.graphs):
-                yield from _with_nested(graph.node)
+    yield from nodes
+    for graph in _nested(nodes):
+        yield from graph.node
 
 
 def _check_size(size_bytes: int, most: int, what: str) -> None:
