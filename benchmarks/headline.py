@@ -66,7 +66,7 @@ def of_mnist(result: Mapping[str, Any]) -> str:
 
 
 def of_cifar10(result: Mapping[str, Any]) -> str:
-    """CIFAR-10: each technique alone, every pair, both orders, and peers, in one session."""
+    """CIFAR-10: each technique alone, every pair, the whole in both orders, and peers, in one session."""
     runs, parts = result["networks"]["cifar10"]["runs"], result["networks"]["cifar10_parts"]
     rows = parts["rows"]
     lines = [

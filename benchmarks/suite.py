@@ -61,12 +61,7 @@ def main() -> None:
     facts["versions"] |= {"nncf": nncf.__version__}
     networks = kept(arguments.seeds, arguments.only, facts)
     first = arguments.seeds[0]
-    pipelines: dict[str, list[Callable[[], Report]]] = {
-        "cifar10": [partial(cifar10_report, seed, places) for seed in arguments.seeds],
-        **{name: [partial(mnist_report, name, seed, places) for seed in arguments.seeds] for name in DEEP_COMPRESSION},
-        "digits": [digits_report],
-    }
-    chosen = {name: runs for name, runs in pipelines.items() if name in arguments.only}
+    chosen = {name: runs for name, runs in pipelines(arguments.seeds, places).items() if name in arguments.only}
     jobs: list[Callable[[], object]] = [run for runs in chosen.values() for run in runs]
     if "cifar10_parts" in arguments.only:
         shared = chosen.get("cifar10", [])[:1]  # one directory, in which one run works at a time
@@ -103,15 +98,23 @@ def kept(seeds: Sequence[int], names: Container[str], facts: Mapping[str, Any]) 
     return {name: committed["networks"][name] for name in others}
 
 
+def pipelines(seeds: Sequence[int], places: Mapping[str, str]) -> dict[str, list[Callable[[], Report]]]:
+    """What runs each pipeline, with each seed; the longest first."""
+    return {
+        "cifar10": [partial(cifar10_report, seed, places) for seed in seeds],
+        **{name: [partial(mnist_report, name, seed, places) for seed in seeds] for name in DEEP_COMPRESSION},
+        "digits": [digits_report],
+    }
+
+
 def make_all(jobs: Iterable[Callable[[], object]]) -> None:
     """Make every model, a job on each core, with one thread, so that any number of cores gives equal sums."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for finished in as_completed([pool.submit(job) for job in jobs]):
                 finished.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, those that wait are not begun
 
 
 def compressed(name: str, file: Path, runs: Path, overrides: Mapping[str, object]) -> Report:
@@ -156,12 +159,12 @@ def cifar10_parts(seed: int, places: Mapping[str, str]) -> None:
     """Make every part of the pipeline of CIFAR-10, the whole among them; they share the stages they begin with."""
     runs = RUNS / f"seed{seed}"
     for label, settings in parts().items():
-        kept = part_file(label, seed)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        file = kept.with_name("cifar10.yaml")
+        model = part_file(label, seed)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        file = model.with_name("cifar10.yaml")
         file.write_text(json.dumps(settings))  # JSON is YAML
         report = compressed(f"{label} {seed}", file, runs, cifar10_overrides(file, seed, places))
-        shutil.copy(runs / "cifar10" / report.rows[-1].model_file, kept)
+        shutil.copy(runs / "cifar10" / report.rows[-1].model_file, model)
 
 
 def part_file(label: str, seed: int) -> Path:
