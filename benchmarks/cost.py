@@ -17,7 +17,7 @@ from typing import Any
 
 from publish import publish
 
-from compressor.report.environment import environment
+from compressor.records.environment import environment
 from compressor.report.json import read_report
 
 ROOT = Path(__file__).parents[1]

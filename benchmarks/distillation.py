@@ -31,15 +31,15 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 import cifar10
 from publish import publish
 
-from compressor.artifact import TorchModel
-from compressor.latency import t_quantile
-from compressor.plugins import Reference
-from compressor.quality import agreement
-from compressor.report.environment import environment
+from compressor.measure.latency import t_quantile
+from compressor.measure.quality import agreement
+from compressor.models.artifact import TorchModel
+from compressor.records.environment import environment
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.distillation.mutual import MutualLearning
-from compressor.stages.distillation.soft_labels import SoftLabels
-from compressor.stages.distillation.stage import Distillation
+from compressor.stages.distillation import Distillation
+from compressor.stages.mutual_learning import MutualLearning
+from compressor.stages.soft_labels import SoftLabels
 from compressor.stages.training import Training
 from compressor.task import Task, batches
 

@@ -30,13 +30,13 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 import cifar10
 from publish import publish
 
-from compressor.artifact import TorchModel
-from compressor.latency import ratio_interval
-from compressor.plugins import Reference
-from compressor.report.environment import environment
+from compressor.measure.latency import ratio_interval
+from compressor.models.artifact import TorchModel
+from compressor.records.environment import environment
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.distillation.soft_labels import SoftLabels
-from compressor.stages.distillation.stage import Distillation
+from compressor.stages.distillation import Distillation
+from compressor.stages.soft_labels import SoftLabels
 from compressor.stages.training import Training
 from compressor.task import Augmentation, Samples, Task
 

@@ -21,11 +21,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "pipelines")]  # the example's m
 import digits
 from publish import publish
 
-from compressor.latency import ratio_interval
-from compressor.report.environment import environment
-from compressor.sampling import TrainingData
+from compressor.measure.latency import ratio_interval
+from compressor.records.environment import environment
 from compressor.task import Task, cross_entropy
-from compressor.training import LabelLoss, Optimizer, fit
+from compressor.training.fit import LabelLoss, Optimizer, fit
+from compressor.training.sampling import TrainingData
 
 ROUNDS, EPOCHS, BATCH_SIZE = 15, 8, 64
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from publish import RESULTS
 
-from compressor.report.figures import compared_size, count, factor, size, speed
+from compressor.records.measurements import Latency
 from compressor.report.json import read_report
 from compressor.report.markdown import to_markdown
-from compressor.report.measurements import Latency
+from compressor.text.figures import count, factor, size, size_ratio, speed
 
 NETWORKS = {
     "digits": "digits",
@@ -75,7 +75,7 @@ def of_cifar10(result: Mapping[str, Any]) -> str:
     ]
     for label, row in rows.items():
         first = label == next(iter(rows))
-        smaller = "" if first else compared_size(rows["float32"]["size_bytes"], row["size_bytes"])
+        smaller = "" if first else size_ratio(rows["float32"]["size_bytes"], row["size_bytes"])
         faster = "" if first else speed(Latency.model_validate(row["latency"]))
         accuracy = mean([run["accuracy"] for run in (runs if label == WHOLE else [row])])
         lines.append(f"| {label} | {size(row['size_bytes'])} | {smaller} | {faster} | {accuracy} |")

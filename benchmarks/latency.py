@@ -22,11 +22,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from publish import publish
 
-from compressor.latency import time_models
-from compressor.onnx_inputs import random_inputs
-from compressor.report.environment import environment
-from compressor.report.measurements import Latency
-from compressor.runtime import open_session
+from compressor.measure.latency import time_models
+from compressor.onnx_files.inputs import random_inputs
+from compressor.onnx_files.runtime import open_session
+from compressor.records.environment import environment
+from compressor.records.measurements import Latency
 
 
 def conv_net(path: Path, *layers: tuple[int, int]) -> Path:
@@ -191,8 +191,8 @@ def agreement(models: dict[str, Path], *, repeats: int) -> dict[str, Any]:
 _ALONE = """
 import statistics, sys, time
 from pathlib import Path
-from compressor.onnx_inputs import random_inputs
-from compressor.runtime import open_session
+from compressor.onnx_files.inputs import random_inputs
+from compressor.onnx_files.runtime import open_session
 path = Path(sys.argv[1])
 session = open_session(path, threads=1)
 feeds = random_inputs(path)

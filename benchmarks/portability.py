@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 
 from publish import publish
 
-from compressor.report.environment import environment
+from compressor.records.environment import environment
 from quantization import task_of
 
 NETWORKS = ("lenet5", "mobile", "resnet20")

@@ -32,20 +32,20 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 import cifar10
 from publish import publish
 
-from compressor.artifact import TorchModel
-from compressor.edits import structural_edits
-from compressor.export import to_onnx
-from compressor.latency import time_models
-from compressor.measure import measure
-from compressor.plugins import Reference
-from compressor.report.environment import environment
-from compressor.report.figures import speed, times
-from compressor.report.measurements import Latency
+from compressor.distillation.recovery import Recovery, recover
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.latency import time_models
+from compressor.measure.model import measure
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import structural_edits
+from compressor.records.environment import environment
+from compressor.records.measurements import Latency
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.distillation.soft_labels import SoftLabels
-from compressor.stages.pruning.recovery import Recovery, recover
-from compressor.stages.pruning.stage import MagnitudePruning
+from compressor.stages.magnitude_pruning import MagnitudePruning
+from compressor.stages.soft_labels import SoftLabels
 from compressor.task import Task
+from compressor.text.figures import speed, times
 
 SEEDS, FACTORS, LATENCY_GOALS, GOAL_ROUND_TO = (0, 1, 2), (2, 3, 4), (2.0, 3.0), 4
 COURSE = {"epochs": 1, "batch_size": 64}

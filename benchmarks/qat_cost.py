@@ -19,16 +19,16 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "pipelines")]  # the example's m
 from cifar10 import ResNet
 from publish import publish
 
-from compressor.latency import ratio_interval
+from compressor.measure.latency import ratio_interval
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.graph import float_graph
-from compressor.quantization.plan import plan_int8
-from compressor.quantization.simulation import simulated
+from compressor.quantization.float_graph import float_graph
+from compressor.quantization.int8_plan import plan_int8
+from compressor.quantization.simulation import simulate
 from compressor.quantization.targets import TARGETS
-from compressor.report.environment import environment
-from compressor.sampling import TrainingData
+from compressor.records.environment import environment
 from compressor.task import Samples, Task, cross_entropy
-from compressor.training import LabelLoss, Optimizer, fit
+from compressor.training.fit import LabelLoss, Optimizer, fit
+from compressor.training.sampling import TrainingData
 
 ROUNDS, STEPS, BATCH_SIZE = 15, 4, 128
 
@@ -42,8 +42,8 @@ def models(task: Task) -> dict[str, nn.Module]:
     limit = TARGETS["portable"].weight_limit
     return {
         "float": module,
-        "live": simulated(graph, plan, ranges, limit, live=True),
-        "frozen": simulated(graph, plan, ranges, limit, live=False),
+        "live": simulate(graph, plan, ranges, limit, live=True),
+        "frozen": simulate(graph, plan, ranges, limit, live=False),
     }
 
 

@@ -32,23 +32,22 @@ import digits
 import mnist
 from publish import publish
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.export import to_onnx
-from compressor.latency import time_models
-from compressor.measure import measure
-from compressor.onnx_writing import compact, write
-from compressor.parity import spread
-from compressor.plugins import Reference
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.latency import time_models
+from compressor.measure.model import measure
+from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.onnx_files.writing import compact, write
 from compressor.quantization.analysis import sqnr_db
-from compressor.report.environment import environment
-from compressor.report.figures import compared_size, size, speed
-from compressor.report.measurements import Latency
+from compressor.records.environment import environment
+from compressor.records.measurements import Latency
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.pruning.stage import MagnitudePruning
-from compressor.stages.quantization.ptq import Int8Ptq
-from compressor.stages.quantization.qat import Int8Qat
+from compressor.stages.int8_ptq import Int8Ptq
+from compressor.stages.int8_qat import Int8Qat
+from compressor.stages.magnitude_pruning import MagnitudePruning
 from compressor.stages.training import Training
-from compressor.task import Samples, Task, gather
+from compressor.task import Samples, Task, gather, spread
+from compressor.text.figures import size, size_ratio, speed
 
 NETWORKS = ("lenet5", "mobile", "resnet20", "resnet56")
 PRUNED = ("lenet5", "prunable_resnet56")
@@ -299,7 +298,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"| **{name}** | | | | | |")
         for row in (row for row in rows if row["maker"] in SHOWN):
             first, sqnr = row is rows[0], row["sqnr_db"]
-            smaller = "" if first else compared_size(rows[0]["stripped_bytes"], row["stripped_bytes"])
+            smaller = "" if first else size_ratio(rows[0]["stripped_bytes"], row["stripped_bytes"])
             faster = "" if first else speed(Latency.model_validate(row["latency"]))
             lines.append(
                 f"| {row['maker']} | {size(row['stripped_bytes'])} | {smaller} | {faster} | "

@@ -28,18 +28,18 @@ import cifar10
 import mnist
 from publish import publish
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.export import to_onnx
-from compressor.measure import measure
-from compressor.plugins import Reference
-from compressor.report.environment import environment
-from compressor.report.figures import compared_size, size
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.model import measure
+from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.records.environment import environment
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.distillation.soft_labels import SoftLabels
-from compressor.stages.pruning.weights import WeightPruning
-from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.stages.int8_ptq import Int8Ptq
+from compressor.stages.soft_labels import SoftLabels
 from compressor.stages.training import Training
+from compressor.stages.weight_pruning import WeightPruning
 from compressor.task import Task
+from compressor.text.figures import size, size_ratio
 from quantization import stored
 
 SEEDS = (0, 1)
@@ -192,7 +192,7 @@ def table(result: Mapping[str, Any]) -> str:
             )
             fewer = dense[0]["parameters"] / mean(sparse, "nonzero")
             transfer_bytes = round(mean(int8, "transfer_bytes"))
-            smaller = compared_size(round(mean(dense, "size_bytes")), transfer_bytes)
+            smaller = size_ratio(round(mean(dense, "size_bytes")), transfer_bytes)
             lines.append(
                 f"| {name} | {fewer:.1f}x | {percent(dense)} to {percent(sparse)} | "
                 f"{size(transfer_bytes)} | {smaller} | {percent(int8)} |"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from publish import publish
 
-from compressor.report.environment import environment
+from compressor.records.environment import environment
 
 REPEATS = 5
 PROBE = """
 import atexit, sys
-from compressor.cli import main
+from compressor.cli.main import main
 atexit.register(lambda: print("torch" in sys.modules, file=sys.stderr))
 main()
 """

@@ -31,11 +31,11 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 from headline import DEEP_COMPRESSION, NETWORKS, PRUNED_FIRST, WHOLE, table
 from publish import RESULTS, publish, today
 
-from compressor.latency import time_models
-from compressor.onnx_inputs import random_inputs
-from compressor.report.environment import environment
+from compressor.measure.latency import time_models
+from compressor.onnx_files.inputs import random_inputs
+from compressor.records.environment import environment
+from compressor.records.report import Report
 from compressor.report.json import read_report, to_json
-from compressor.report.records import Report
 from compressor.task import Task
 
 RUNS = ROOT / "runs" / "headline"
@@ -237,7 +237,7 @@ def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
     """One latency session of all CIFAR-10 models of a seed and of what peers make of its baseline."""
     import cifar10  # noqa: PLC0415  # imports torch
 
-    from compressor.measure import measure  # noqa: PLC0415
+    from compressor.measure.model import measure  # noqa: PLC0415
 
     task, runs = cifar10.task(ROOT / places["cifar10_dir"]), RUNS / f"seed{seed}"
     rows = read_report(runs / "cifar10_pruned_first" / "report.json").rows
@@ -260,7 +260,7 @@ def timed_together(seed: int, places: Mapping[str, str]) -> dict[str, Any]:
 
 def by_peers(baseline: Path, task: Task, place: Path) -> dict[str, Path]:
     """The int8 that others make of the baseline: ONNX files by label, like ours without traces of their makers."""
-    from compressor.onnx_writing import compact, write  # noqa: PLC0415
+    from compressor.onnx_files.writing import compact, write  # noqa: PLC0415
     from quantization import by_nncf, by_onnxruntime  # noqa: PLC0415
 
     peers: dict[str, Callable[[Path], object]] = {

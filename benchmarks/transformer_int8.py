@@ -25,18 +25,18 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.export import to_onnx
-from compressor.latency import time_models
-from compressor.plugins import Reference
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.latency import time_models
+from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.quantization.analysis import sqnr_db
-from compressor.report.environment import environment
-from compressor.report.figures import size, speed
-from compressor.report.measurements import Latency
+from compressor.records.environment import environment
+from compressor.records.measurements import Latency
+from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
-from compressor.stages.quantization.ptq import Int8Ptq
-from compressor.stages.quantization.weight_only import WeightOnly
+from compressor.stages.int8_ptq import Int8Ptq
+from compressor.stages.weight_only import WeightOnly
 from compressor.task import Samples, Task
+from compressor.text.figures import size, speed
 
 WIDTH, BLOCKS, HEADS, TOKENS, VOCABULARY = 384, 6, 6, 128, 8192
 SIZES = {

@@ -6,13 +6,13 @@ The public names load on first use, so that `import compressor` costs no torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.artifact import Artifact as Artifact
-    from compressor.artifact import OnnxModel as OnnxModel
-    from compressor.artifact import TorchModel as TorchModel
-    from compressor.knowledge.distil import distil as distil
-    from compressor.knowledge.losses import Losses as Losses
-    from compressor.knowledge.response import distillation_loss as distillation_loss
-    from compressor.sampling import TrainingData as TrainingData
+    from compressor.distillation.distil import distil as distil
+    from compressor.distillation.losses import Losses as Losses
+    from compressor.distillation.response import distillation_loss as distillation_loss
+    from compressor.models.artifact import Artifact as Artifact
+    from compressor.models.artifact import OnnxModel as OnnxModel
+    from compressor.models.artifact import TorchModel as TorchModel
+    from compressor.models.ensemble import ensemble as ensemble
     from compressor.stage import Stage as Stage
     from compressor.stage import StageContext as StageContext
     from compressor.task import Augmentation as Augmentation
@@ -22,28 +22,30 @@ if TYPE_CHECKING:
     from compressor.task import Samples as Samples
     from compressor.task import Task as Task
     from compressor.task import accuracy as accuracy
-    from compressor.training import LabelLoss as LabelLoss
-    from compressor.training import fit as fit
+    from compressor.training.fit import LabelLoss as LabelLoss
+    from compressor.training.fit import fit as fit
+    from compressor.training.sampling import TrainingData as TrainingData
 
 _HOMES = {
-    "Artifact": "artifact",
+    "Artifact": "models.artifact",
     "Augmentation": "task",
     "Batch": "task",
     "Inputs": "task",
-    "LabelLoss": "training",
-    "Losses": "knowledge.losses",
+    "LabelLoss": "training.fit",
+    "Losses": "distillation.losses",
     "Metric": "task",
-    "OnnxModel": "artifact",
+    "OnnxModel": "models.artifact",
     "Samples": "task",
     "Stage": "stage",
     "StageContext": "stage",
     "Task": "task",
-    "TorchModel": "artifact",
-    "TrainingData": "sampling",
+    "TorchModel": "models.artifact",
+    "TrainingData": "training.sampling",
     "accuracy": "task",
-    "distil": "knowledge.distil",
-    "distillation_loss": "knowledge.response",
-    "fit": "training",
+    "distil": "distillation.distil",
+    "distillation_loss": "distillation.response",
+    "ensemble": "models.ensemble",
+    "fit": "training.fit",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # one list, that of the homes
@@ -53,6 +55,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         msg = f"module 'compressor' has no attribute {name!r}"
         raise AttributeError(msg)
-    from compressor.plugins import load  # noqa: PLC0415  # plugins is the only use of importlib
+    from compressor.references.reference import load  # noqa: PLC0415  # `reference` is the only use of importlib
 
     return load(f"compressor.{_HOMES[name]}:{name}")

@@ -1,5 +1,5 @@
 """`python -m compressor`, the same as `compress`."""
 
-from compressor.cli import main
+from compressor.cli.main import main
 
 main()

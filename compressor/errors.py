@@ -10,8 +10,9 @@
 A message says what must hold, what was found, where, and what to do. Gates are results, not errors: see `report.gate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,3 +69,16 @@ class LockedError(CompressorError):
     """Another run holds the directory; the message names it."""
 
     exit_code = 8
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is most likely meant to be, whatever its case; None if no known name is close."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    matches = get_close_matches(name.lower(), by_lower_case, n=1)
+    return by_lower_case[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'epochs'?`, or nothing if no known name is close."""
+    match = closest(name, known)
+    return f"; did you mean {match!r}?" if match else ""

@@ -9,8 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compressor.artifact import Artifact, TorchModel
-from compressor.report.quantization import Quantization
+from compressor.models.artifact import Artifact, TorchModel
+from compressor.records.int8 import Quantization
 from compressor.task import Task
 
 In = TypeVar("In", bound=Artifact, contravariant=True)

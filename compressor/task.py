@@ -214,3 +214,9 @@ class Task:
         """Fingerprint of each split that is there, by name; every sample is read, once for all who ask."""
         splits = {name: getattr(self, name) for name in SPLITS}
         return {name: fingerprint(split) for name, split in splits.items() if split is not None}
+
+
+def spread(split: Split, count: int) -> list[int]:
+    """Indices of `count` samples, or of all if there are fewer, evenly over a split that may be sorted by class."""
+    count = min(count, len(split))
+    return [position * len(split) // count for position in range(count)]

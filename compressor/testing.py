@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.artifact import Artifact, TorchModel
+from compressor.models.artifact import Artifact, TorchModel
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 
@@ -19,7 +19,7 @@ _RELOAD = """
 import sys
 import torch
 from pathlib import Path
-from compressor.artifact import OnnxModel, TorchModel
+from compressor.models.artifact import OnnxModel, TorchModel
 from safetensors.torch import load_file, save_file
 kind, directory = sys.argv[1], Path(sys.argv[2])
 sys.path[:0] = sys.argv[3:]

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.plugins import Reference
+from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
-from compressor.stages.distillation.mutual import MutualLearning
-from compressor.stages.distillation.soft_labels import SoftLabels
-from compressor.stages.distillation.stage import Distillation
+from compressor.stages.distillation import Distillation
+from compressor.stages.int8_ptq import Int8Ptq
+from compressor.stages.int8_qat import Int8Qat
+from compressor.stages.mutual_learning import MutualLearning
 from compressor.stages.onnx_export import OnnxExport
-from compressor.stages.quantization.ptq import Int8Ptq
-from compressor.stages.quantization.qat import Int8Qat
-from compressor.stages.quantization.weight_only import WeightOnly
+from compressor.stages.soft_labels import SoftLabels
 from compressor.stages.training import Training
+from compressor.stages.weight_only import WeightOnly
 from compressor.task import Task
 from compressor.testing import check_stage
 
@@ -51,8 +51,8 @@ class Rounding(Stage[TorchModel, TorchModel]):
 '''
 
 USE = """
-from compressor.artifact import TorchModel
-from compressor.plugins import Reference
+from compressor.models.artifact import TorchModel
+from compressor.references.reference import Reference
 from compressor.testing import check_stage
 from rounding_stage import Rounding
 from conftest import digits_task

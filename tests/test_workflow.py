@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from compressor.budget_file import load_budget
+from compressor.config.budget_file import load_budget
+from compressor.config.yaml_source import read
 from compressor.report.json import read_report
-from compressor.yaml_source import read
 
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / ".github/workflows/ci.yml"

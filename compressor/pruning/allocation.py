@@ -67,11 +67,11 @@ def plan(
         return uniform(groups, scores, pruning_ratio=pruning_ratio, step_of=step_of)
     if allocation == "global":
         relative = {path: score / score.mean().clamp(min=1e-30) for path, score in scores.items()}
-        return ranked(groups, scores if comparable else relative, pruning_ratio=pruning_ratio, step_of=step_of)
+        return rank(groups, scores if comparable else relative, pruning_ratio=pruning_ratio, step_of=step_of)
     classes: dict[object, list[Group]] = defaultdict(list)
     for group in groups:
         classes[_structure(module, group)].append(group)
-    parts = [ranked(alike, scores, pruning_ratio=pruning_ratio, step_of=step_of) for alike in classes.values()]
+    parts = [rank(alike, scores, pruning_ratio=pruning_ratio, step_of=step_of) for alike in classes.values()]
     return {path: units for part in parts for path, units in part.items()}
 
 
@@ -106,7 +106,7 @@ class _Slice(NamedTuple):
     channels: int
 
 
-def ranked(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
+def rank(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
     """Remove the units with the smallest scores of all groups together, in slices of `step_of`."""
     slices = sorted(
         piece for order, group in enumerate(groups) for piece in _slices(group, scores, order, step_of(group))

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
-from compressor.layers import is_within, paths_matching
+from compressor.models.layers import is_within, paths_matching
 from compressor.pruning.allocation import Counts
-from compressor.pruning.graph import channel_groups
+from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_cut, without
 from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs

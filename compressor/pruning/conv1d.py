@@ -2,10 +2,10 @@
 
 import torch
 
-from compressor.artifact import TorchModel
-from compressor.edits import Edit, apply_edits, is_conv1d
 from compressor.errors import StageError
-from compressor.layers import shared_parameters
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import Edit, apply_edits, is_conv1d
+from compressor.models.layers import shared_parameters
 
 
 def with_linears(model: TorchModel) -> TorchModel:

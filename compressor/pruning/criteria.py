@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
-from compressor.parity import spread
 from compressor.pruning.groups import Group, Member
-from compressor.task import Task, gather
+from compressor.task import Task, gather, spread
 
 Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
 """`l2` and `l1`: the norm of all weights that leave with a unit; `bn_scale`: the scale of its batch normalization;

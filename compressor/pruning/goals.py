@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from compressor.artifact import OnnxModel
 from compressor.errors import StageError
-from compressor.export import to_onnx
-from compressor.latency import time_models
-from compressor.onnx_facts import count_parameters
-from compressor.onnx_macs import count_macs
-from compressor.onnx_reading import load_graph
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.latency import time_models
+from compressor.models.artifact import OnnxModel
+from compressor.onnx_files.facts import count_parameters
+from compressor.onnx_files.macs import count_macs
+from compressor.onnx_files.reading import load_graph
 from compressor.pruning.channels import Pruned
 from compressor.pruning.groups import Plan
 from compressor.task import Task
@@ -62,7 +62,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Reached:
+class GoalResult:
     """The pruned module that meets a goal, and the cut that it took."""
 
     pruned: Pruned
@@ -80,7 +80,7 @@ def reach(
     cut: Callable[[Plan], Pruned],
     measured: Measure,
     log: Callable[[str], None],
-) -> Reached:
+) -> GoalResult:
     """Find the smallest cut of `module` that meets `goal`, by bisection over the pruning ratio.
 
     `plan_of` takes a ratio in (0, 1); a larger one must remove the same units and more. No plan is measured twice. What
@@ -92,9 +92,9 @@ def reach(
     """
     check_unmet(goal, measured(module))
 
-    def tried(pruning_ratio: float, plan: Plan) -> Reached:
+    def tried(pruning_ratio: float, plan: Plan) -> GoalResult:
         pruned = cut(plan)
-        found = Reached(pruned, plan, pruning_ratio, measured(pruned.module))
+        found = GoalResult(pruned, plan, pruning_ratio, measured(pruned.module))
         shown = f"{goal.quantity} {goal.shown(goal.asked)} asked, {goal.shown(found.achieved)} achieved"
         log(f"{shown} with {pruned.pruning_ratio:.1%} of the channels removed")
         return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
-from compressor.layers import shared_parameters
+from compressor.models.layers import shared_parameters
 from compressor.task import Inputs
 
 Units: TypeAlias = Sequence[int]
@@ -91,7 +91,7 @@ def without(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module
     return smaller
 
 
-def silenced(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
+def silence(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
     """Return a copy of `module` in evaluation mode in which nothing reads the units of `plan`: of equal size."""
     silent = copy.deepcopy(module).eval()
     for group in groups:
@@ -110,7 +110,7 @@ def check_cut(module: nn.Module, groups: Sequence[Group], plan: Plan, example_in
     """
     averaging = sorted({path for group in groups if plan.get(group.path) for path in group.averaging})
     proven = _without_averages(module, averaging, example_inputs) if averaging else module
-    check_equal(without(proven, groups, plan), silenced(proven, groups, plan), example_inputs)
+    check_equal(without(proven, groups, plan), silence(proven, groups, plan), example_inputs)
 
 
 def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from compressor.layers import is_within
+from compressor.models.layers import is_within
 from compressor.pruning.groups import run
 from compressor.task import Inputs
 

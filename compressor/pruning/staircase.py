@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compressor.latency import time_models
+from compressor.measure.latency import time_models
 
 _STEPS = (32, 16, 8, 4, 2, 1)
 _UNCLEAR_STEP = 8
@@ -24,7 +24,7 @@ _INPUT_CHANNELS, _IMAGE_SIZE, _KERNELS = 16, 14, (3, 1, 3)
 
 
 @cache
-def measured_step() -> int:
+def measure_step() -> int:
     """Number of channels by which fp32 convolutions grow on this machine; 2 to 5 seconds, once per process.
 
     Times small chains of 3x3 and 1x1 convolutions in turns on one thread: see `step_of_staircase`.

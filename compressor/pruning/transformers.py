@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
-from compressor.layers import is_within
-from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silenced, without
+from compressor.models.layers import is_within
+from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silence, without
 from compressor.pruning.guesses import (
     Guess,
     attention_windows,
@@ -85,7 +85,7 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     check_unshared(module, groups)
     groups.sort(key=lambda group: list(calls).index(group.path))
     plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
-    check_equal(without(module, groups, plan), silenced(module, groups, plan), example_inputs)
+    check_equal(without(module, groups, plan), silence(module, groups, plan), example_inputs)
     left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_headed_modules(module, groups, (*protect, *multihead))}
     return TransformerUnits(tuple(groups), left_whole)
 
@@ -145,14 +145,14 @@ def _prove(module: nn.Module, guess: Guess, inputs: _Captured, solved: dict[obje
     kind = (local.layers, shapes, tuple(type(layer) for layer in root.modules()))
     if kind in solved and solved[kind] is None:
         return None
-    trial, known = _randomized(root, local), solved.get(kind)
+    trial, known = _randomize(root, local), solved.get(kind)
     for answer in chain([known] if known else [], _answers(root, local)):
         group = _group(root, local, answer)
         # what proved right in a module of the same classes and sizes needs no more than a look
         trials = _trials(group.units)[answer is known :]
         if all(_proves(trial, group, removed, inputs, local.layers[-1]) for removed in trials):
             solved[kind] = answer
-            return _placed(group, guess.root)
+            return _place(group, guess.root)
     solved[kind] = None
     return None
 
@@ -252,7 +252,7 @@ def _trials(units: int) -> tuple[Units, ...]:
     return (units // 2,), tuple(sorted(shuffled[: max(1, (units - 1) // 2)]))
 
 
-def _randomized(root: nn.Module, guess: Guess) -> nn.Module:
+def _randomize(root: nn.Module, guess: Guess) -> nn.Module:
     """Copy `root` with random weights that make the layers' outputs about 2 in size.
 
     With those of a fresh model attention is close to a plain mean, and a wrong regrouping of queries and keys would
@@ -274,7 +274,7 @@ def _proves(root: nn.Module, group: Group, removed: Units, inputs: _Captured, re
         found = _run_alone(without(root, [group], plan), inputs, reader)
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ZeroDivisionError):
         return False  # sizes that do not follow show first as shapes that do not fit
-    wanted = _run_alone(silenced(root, [group], plan), inputs, reader)
+    wanted = _run_alone(silence(root, [group], plan), inputs, reader)
     return all(_same(one, other) for one, other in zip(found, wanted, strict=True))
 
 
@@ -300,7 +300,7 @@ def _first_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
-def _placed(group: Group, root: str) -> Group:
+def _place(group: Group, root: str) -> Group:
     """Return `group`, found in the module at `root`, with the paths that the whole module has."""
 
     def path(local: str) -> str:

@@ -53,7 +53,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], sparsity: float) -> tuple[flo
     """
     sizes = [math.prod(shape) for shape in shapes]
     shares = [float(sum(shape)) for shape in shapes]
-    kept = _levelled(shares, [0] * len(sizes), sizes, (1 - sparsity) * sum(sizes))
+    kept = _level(shares, [0] * len(sizes), sizes, (1 - sparsity) * sum(sizes))
     return tuple(part / size for part, size in zip(kept, sizes, strict=True))
 
 
@@ -76,7 +76,7 @@ def zero_masks(weights: Mapping[str, Tensor], sparsity: float, allocation: Alloc
         return _smallest_of_all(weights, count, lamp_scores if allocation == "lamp" else torch.abs)
     shares = [float(sum(w.shape) if allocation == "erk" else w.numel()) for w in weights.values()]
     most_kept = [weight.numel() - zeros for weight, zeros in zip(weights.values(), already, strict=True)]
-    kept = _whole(_levelled(shares, [min(1, n) for n in most_kept], most_kept, total - count), most_kept, total - count)
+    kept = _whole(_level(shares, [min(1, n) for n in most_kept], most_kept, total - count), most_kept, total - count)
     return {
         name: smallest(weight.abs(), weight.numel() - left)
         for (name, weight), left in zip(weights.items(), kept, strict=True)
@@ -110,7 +110,7 @@ def _smallest_of_all(weights: Mapping[str, Tensor], count: int, score: Callable[
     return {name: mask.view(weights[name].shape) for name, mask in zip(weights, together, strict=True)}
 
 
-def _levelled(shares: Sequence[float], least: Sequence[int], most: Sequence[int], total: float) -> list[float]:
+def _level(shares: Sequence[float], least: Sequence[int], most: Sequence[int], total: float) -> list[float]:
     """Numbers proportional to `shares`, but within `least` and `most`, whose sum is `total`."""
 
     def at(level: float) -> list[float]:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressor.parity import spread
-from compressor.quantization.calibration import observed
+from compressor.quantization.calibration import observe
 from compressor.quantization.codes import CODES, Affine
-from compressor.quantization.int8_model import Int8Model, predict, ratio_db, rounded
-from compressor.report.quantization import Histogram, LayerNoise
-from compressor.task import Batch, Task, evaluate_outputs, gather
+from compressor.quantization.int8_model import Int8Model, predict, ratio_db, round_outputs
+from compressor.records.int8 import Distribution, LayerNoise
+from compressor.task import Batch, Task, evaluate_outputs, gather, spread
 
 SAMPLES = 256
 """Of the validation split, evenly spaced, at most: noise is a mean over all outputs, so that few samples tell it. One
@@ -50,25 +49,25 @@ def sqnr_db(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float | N
     return ratio_db(signal, sum(float((found - wanted).square().sum()) for found, wanted in pairs))
 
 
-def histogram(counts: Tensor, ends: tuple[float, float]) -> Histogram:
+def histogram(counts: Tensor, ends: tuple[float, float]) -> Distribution:
     """Tell of counts, (BINS + 2,), whose first is of values below the range and the last above it."""
     below, *within, above = (int(count) for count in counts)
     total = below + sum(within) + above
-    return Histogram(low=ends[0], high=ends[1], counts=tuple(within), below=below / total, above=above / total)
+    return Distribution(low=ends[0], high=ends[1], counts=tuple(within), below=below / total, above=above / total)
 
 
 def _of_outputs(
     model: Int8Model, task: Task, rows: Sequence[int]
-) -> tuple[dict[str, tuple[float, float]], dict[str, Histogram]]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, Distribution]]:
     """Power of each layer's output and of its noise, and histograms, by name of the tensor."""
     tensors = list(dict.fromkeys(model.outputs().values()))
-    named = rounded(model.simulated)
+    named = round_outputs(model.simulated)
     read = [named.get(tensor, tensor) for tensor in tensors]
     ends = {tensor: _ends(model.affines[tensor]) for tensor in tensors if tensor in model.plan.activations}
     powers = {tensor: torch.zeros(2, dtype=torch.float64) for tensor in tensors}
     counts = {tensor: torch.zeros(BINS + 2) for tensor in ends}
-    before = observed(model.graph, tensors, task.validation, rows)
-    after = observed(model.simulated, read, task.validation, rows)
+    before = observe(model.graph, tensors, task.validation, rows)
+    after = observe(model.simulated, read, task.validation, rows)
     for floats, codes in zip(before, after, strict=True):
         for tensor, name in zip(tensors, read, strict=True):
             wanted = floats[tensor].double()

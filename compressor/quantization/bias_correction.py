@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compressor.quantization.graph import CONVOLUTIONS
+from compressor.quantization.float_graph import CONVOLUTIONS
 from compressor.quantization.layerwise import Layer
 
 
-def bias_corrected(layer: Layer) -> Layer:
+def correct_bias(layer: Layer) -> Layer:
     """Return the layer with the mean of its error over samples and positions, per output channel, taken off its bias.
 
     Nagel et al. 2019 (arXiv 1906.04721), section 4.2, with the mean found on samples. A layer without a bias of its own

@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from compressor.errors import InputError
-from compressor.parity import spread
 from compressor.quantization.codes import Range
-from compressor.quantization.graph import BATCH_NORM, parameter
-from compressor.quantization.plan import CLIPS, Plan
+from compressor.quantization.float_graph import BATCH_NORM, parameter
+from compressor.quantization.int8_plan import CLIPS, Plan
 from compressor.quantization.ranges import Histogram, RangeMethod, find_range, histogram
-from compressor.task import Split, gather
+from compressor.task import Split, gather, spread
 
 _BATCH_SIZE = 64
 
@@ -48,14 +47,14 @@ def calibrate(
         if node.name in planned:  # other tensors may hold infinity, as masks of attention do
             _check_finite(parameter(graph, node), node)
     seen: dict[str, Histogram] = {}
-    for batch in observed(graph, plan.ranged, split, samples):
+    for batch in observe(graph, plan.ranged, split, samples):
         for name, values in batch.items():
             found = histogram(values)
             seen[name] = seen[name] + found if name in seen else found
     return {name: find_range(total, method) for name, total in seen.items()}
 
 
-def observed(
+def observe(
     graph: GraphModule, names: Collection[str], split: Split, samples: Sequence[int]
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield what the nodes called `names` give, by name, for a batch of samples at a time.

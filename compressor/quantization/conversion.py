@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.onnx_operators import DEQUANTIZE, QUANTIZE, STORED
+from compressor.export.operators import DEQUANTIZE, QUANTIZE, STORED
 from compressor.quantization.codes import (
     CODES,
     STORED_LIMIT,
@@ -18,8 +18,8 @@ from compressor.quantization.codes import (
     weight_codes,
     weight_scale,
 )
-from compressor.quantization.graph import add_tensor, aten, copied, parameter
-from compressor.quantization.plan import Plan, Unit
+from compressor.quantization.float_graph import add_tensor, aten, copy_graph, parameter
+from compressor.quantization.int8_plan import Plan, Unit
 
 Wrap: TypeAlias = Callable[[GraphModule, Node], Node]
 """Given a tensor's node, writes and returns the node that is read in its place."""
@@ -34,9 +34,7 @@ def affine_of(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
     }
 
 
-def rounded_weights(
-    graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], limit: int
-) -> dict[str, WeightCodes]:
+def round_weights(graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], limit: int) -> dict[str, WeightCodes]:
     """Codes of the weights by name of their unit's node, each weight rounded to the nearest.
 
     `limit` is the largest code of those that an int8 kernel multiplies with; the others take all eight bits.
@@ -61,7 +59,7 @@ def weight_limit(plan: Plan, unit: Unit, limit: int) -> int:
     return limit if any(other.inputs for other in readers) else STORED_LIMIT
 
 
-def converted(
+def convert(
     graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], weights: Mapping[str, WeightCodes]
 ) -> GraphModule:
     """Return the graph with codes: each tensor of `plan` is quantized and dequantized, each weight stored as int8.
@@ -79,18 +77,18 @@ def converted(
     def weight(result: GraphModule, node: Node, unit: Unit) -> Node:
         codes, scale, axis = weights[unit.node]
         if unit.inputs:
-            return _dequantized(result, node.name, codes, _shortest(scale, unit), axis)
+            return _dequantize(result, node.name, codes, _shortest(scale, unit), axis)
         nodes = [add_tensor(result, f"{node.name}_codes", codes), add_tensor(result, f"{node.name}_scale", scale)]
         return result.graph.call_function(STORED, (*nodes, axis))
 
-    result = wrapped(graph, plan, activation, weight)
+    result = wrap(graph, plan, activation, weight)
     nodes = {node.name: node for node in result.graph.nodes}
     for unit in plan.units:
         node = nodes[unit.node]
         with result.graph.inserting_before(node):
             if unit.weight is not None and unit.inputs and unit.weight.bias is not None:
                 scale = affines[unit.inputs[0]].scale * _shortest(weights[unit.node].scale, unit)
-                write = _integer_bias if unit.weight.integer_bias else _rounded_bias
+                write = _integer_bias if unit.weight.integer_bias else _round_bias
                 bias = write(result, nodes[unit.weight.bias], scale)
                 node.replace_input_with(nodes[unit.weight.bias], bias)
             elif unit.weight is None and len(node.args) > 1 and isinstance(node.args[1], int | float):
@@ -101,11 +99,11 @@ def converted(
     return result
 
 
-def wrapped(
+def wrap(
     graph: GraphModule, plan: Plan, activation: Wrap, weight: Callable[[GraphModule, Node, Unit], Node]
 ) -> GraphModule:
     """Return the graph in which units read what `activation` and `weight` write, given the tensors they read."""
-    result = copied(graph)
+    result = copy_graph(graph)
     nodes = {node.name: node for node in result.graph.nodes}
     readers: dict[str, set[Node]] = {}
     for unit in plan.units:
@@ -152,7 +150,7 @@ def _shortest(scale: Tensor, unit: Unit) -> Tensor:
     return scale[0].clone() if only else scale
 
 
-def _dequantized(result: GraphModule, name: str, codes: Tensor, scale: Tensor, axis: int) -> Node:
+def _dequantize(result: GraphModule, name: str, codes: Tensor, scale: Tensor, axis: int) -> Node:
     """Write codes without zero point and what makes them numbers."""
     tensors = {"codes": codes, "scale": scale, "zero_point": torch.zeros(scale.shape, dtype=codes.dtype)}
     nodes = [add_tensor(result, f"{name}_{part}", tensor) for part, tensor in tensors.items()]
@@ -161,10 +159,10 @@ def _dequantized(result: GraphModule, name: str, codes: Tensor, scale: Tensor, a
 
 def _integer_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
     codes = torch.round(parameter(result, bias).detach() / scale).to(torch.int32)
-    return _dequantized(result, bias.name, codes, scale, 0)
+    return _dequantize(result, bias.name, codes, scale, 0)
 
 
-def _rounded_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
+def _round_bias(result: GraphModule, bias: Node, scale: Tensor) -> Node:
     """A float bias rounded as ONNX Runtime rounds it, so that PyTorch computes with the same one."""
     codes = torch.round(parameter(result, bias).detach() / scale)
     return add_tensor(result, f"{bias.name}_rounded", codes * scale)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from compressor.artifact import OnnxModel
 from compressor.errors import StageError
-from compressor.export import to_unchecked_onnx
-from compressor.onnx_operators import QUANTIZE
-from compressor.parity import FLOAT_TOLERANCE
+from compressor.export.operators import QUANTIZE
+from compressor.export.parity import FLOAT_TOLERANCE
+from compressor.export.to_onnx import to_unchecked_onnx
+from compressor.models.artifact import OnnxModel
+from compressor.onnx_files.runtime import open_session
 from compressor.quantization.codes import CODES
-from compressor.quantization.graph import arguments, copied
+from compressor.quantization.float_graph import arguments, copy_graph
 from compressor.quantization.int8_model import Int8Model, predict, ratio_db
-from compressor.report.measurements import MetricInfo
-from compressor.report.quantization import Deployment
-from compressor.runtime import open_session
+from compressor.records.int8 import Deployment
+from compressor.records.measurements import MetricInfo
 from compressor.task import EVALUATION_BATCH, Inputs, Metric, Task, gather
 
 LEAST_AGREEMENT = 0.995
@@ -175,7 +175,7 @@ def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[in
     One code (RMS) is no departure, nor is a quantum of the outputs.
     """
     units = {unit.output: f"layer {unit.layer!r}" for unit in model.plan.units if unit.output is not None}
-    graph = copied(model.simulated)
+    graph = copy_graph(model.simulated)
     quantizers = [node for node in graph.graph.nodes if node.target is QUANTIZE]
     places = [units.get(source.name) or _place(source) for source, *_ in map(arguments, quantizers)]
     output = graph.graph.output_node()

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.quantization.graph import CONVOLUTIONS, arguments, aten, is_parameter, parameter, shape, with_parameters
+from compressor.quantization.float_graph import (
+    CONVOLUTIONS,
+    arguments,
+    aten,
+    is_parameter,
+    parameter,
+    shape,
+    with_parameters,
+)
 
 _SWEEPS = 50
 _TOLERANCE = 0.01
@@ -44,7 +52,7 @@ class _Pair:
     """Of the channels that the second layer reads."""
 
 
-def equalized(graph: GraphModule) -> GraphModule:
+def equalize(graph: GraphModule) -> GraphModule:
     """Return a graph with equal outputs in which the channels between two layers are divided by s and multiplied back.
 
     s_i = sqrt(r1_i / r2_i), where r1_i is the largest weight that makes channel i and r2_i the largest that reads it:
@@ -62,7 +70,7 @@ def equalized(graph: GraphModule) -> GraphModule:
             tensors[pair.weight] = tensors[pair.weight] / scale.reshape(-1, *[1] * (tensors[pair.weight].ndim - 1))
             if pair.bias is not None:
                 tensors[pair.bias] = tensors[pair.bias] / scale
-            tensors[pair.next_weight] = _scaled_inputs(tensors[pair.next_weight], scale, pair.groups)
+            tensors[pair.next_weight] = _scale_inputs(tensors[pair.next_weight], scale, pair.groups)
             change = max(change, float(scale.log().abs().max()))
         if change < _TOLERANCE:
             break
@@ -84,7 +92,7 @@ def _by_input(weight: Tensor, groups: int) -> Tensor:
     return parts.permute(1, 3, 0, 2).flatten(0, 1).flatten(1)
 
 
-def _scaled_inputs(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+def _scale_inputs(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
     """Multiply what reads each channel; a flattened channel has several columns in a row."""
     factors = scale.repeat_interleave(groups * weight.shape[1] // len(scale)).reshape(groups, 1, weight.shape[1], 1)
     parts = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
@@ -95,7 +103,7 @@ def _pairs(graph: GraphModule) -> Iterator[_Pair]:
     for node in graph.graph.nodes:
         if not _has_own_tensors(node):
             continue
-        source, reader = _followed(node)
+        source, reader = _follow(node)
         if reader is None or not _has_own_tensors(reader) or arguments(reader)[0] is not source:
             continue
         if (node.target in CONVOLUTIONS) == (reader.target in CONVOLUTIONS) or len(shape(source)) == 2:
@@ -113,7 +121,7 @@ def _has_own_tensors(node: Node) -> bool:
     return all(is_parameter(tensor) and len(tensor.users) == 1 for tensor in tensors)
 
 
-def _followed(layer: Node) -> tuple[Node, Node | None]:
+def _follow(layer: Node) -> tuple[Node, Node | None]:
     """Follow the channels of a layer through what keeps them: the last node that has them, and what alone reads it."""
     node = layer
     while True:

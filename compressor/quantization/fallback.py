@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.latency import time_models
-from compressor.parity import spread
+from compressor.measure.latency import time_models
+from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.quantization.analysis import sqnr_db
 from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
-from compressor.report.int8 import worst_first
-from compressor.report.limit import at_most
-from compressor.report.quantization import Deployment, Fallback, LayerNoise, PutBack
-from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather
+from compressor.records.int8 import Deployment, Fallback, LayerNoise, PutBack
+from compressor.report.int8_summary import worst_first
+from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather, spread
+from compressor.verdicts.limit import at_most
 
 Quantize: TypeAlias = Callable[[Collection[str], Collection[str]], Int8Model]
 """From the layers to keep in float, and those of which the weights alone become int8, to an int8 model."""
@@ -73,14 +72,16 @@ def put_back(
         if step.drop < best_drop:
             best, best_drop, best_steps = int8, step.drop, len(steps)
         if at_most(step.drop, limits.max_drop):
-            candidate = _deployed(int8, model, task, work_dir / str(len(steps)), rows)
+            candidate = _deploy(int8, model, task, work_dir / str(len(steps)), rows)
             if at_most(candidate.found.drop, limits.max_drop):
-                return candidate, _told(first, candidate, limits, task, stopped="reached", steps=steps, kept=len(steps))
+                return candidate, _describe(
+                    first, candidate, limits, task, stopped="reached", steps=steps, kept=len(steps)
+                )
         if limits.max_minutes is not None and time.monotonic() - start > 60 * limits.max_minutes:
             stopped = "time"
             break
-    candidate = first if best_steps == 0 else _deployed(best, model, task, work_dir / "best", rows)
-    return candidate, _told(first, candidate, limits, task, stopped=stopped, steps=steps, kept=best_steps)
+    candidate = first if best_steps == 0 else _deploy(best, model, task, work_dir / "best", rows)
+    return candidate, _describe(first, candidate, limits, task, stopped=stopped, steps=steps, kept=best_steps)
 
 
 def _attempts(
@@ -131,12 +132,12 @@ def _fall(found: Deployment, value: float) -> float:
     return found.model_copy(update={"deployed_value": value}).drop
 
 
-def _deployed(int8: Int8Model, model: TorchModel, task: Task, directory: Path, rows: Sequence[int]) -> Candidate:
+def _deploy(int8: Int8Model, model: TorchModel, task: Task, directory: Path, rows: Sequence[int]) -> Candidate:
     directory.mkdir(exist_ok=True)
     return Candidate(int8, *deploy(int8, model.predict, task, directory / "model.onnx", rows))
 
 
-def _told(
+def _describe(
     first: Candidate,
     last: Candidate,
     limits: Limits,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from compressor.onnx_operators import DEQUANTIZE, QUANTIZE
+from compressor.export.operators import DEQUANTIZE, QUANTIZE
 from compressor.quantization.codes import Affine, WeightCodes
-from compressor.quantization.conversion import converted
-from compressor.quantization.plan import Activation, Plan
+from compressor.quantization.conversion import convert
+from compressor.quantization.int8_plan import Activation, Plan
 from compressor.task import Inputs
 
 
@@ -31,7 +31,7 @@ class Int8Model:
     @cached_property
     def simulated(self) -> GraphModule:
         """The graph that is exported; in PyTorch it computes what the file does."""
-        return converted(self.graph, self.plan, self.affines, self.weights)
+        return convert(self.graph, self.plan, self.affines, self.weights)
 
     def with_one(self, layer: str) -> "Int8Model":
         """Return the model in which `layer` alone is int8, with the codes that it has here.
@@ -63,7 +63,7 @@ def predict(graph: GraphModule, inputs: Inputs) -> Tensor:
     return outputs
 
 
-def rounded(simulated: GraphModule) -> Mapping[str, str]:
+def round_outputs(simulated: GraphModule) -> Mapping[str, str]:
     """Name of the node that gives a tensor after it was rounded to its codes, by name of that tensor."""
     return {
         str(codes.args[0]): node.name

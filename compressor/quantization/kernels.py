@@ -17,10 +17,10 @@ from onnx import ModelProto
 from torch.fx import GraphModule, Node
 
 from compressor.errors import StageError
-from compressor.export import capture, translate
-from compressor.onnx_inputs import Array
-from compressor.qdq import simplify_qdq
-from compressor.runtime import CPU
+from compressor.export.to_onnx import capture, translate
+from compressor.onnx_files.inputs import Array
+from compressor.onnx_files.qdq import simplify_qdq
+from compressor.onnx_files.runtime import CPU
 from compressor.task import Task
 
 _CALLS = 200
@@ -52,7 +52,7 @@ def traceable(graph: GraphModule, task: Task) -> ModelProto:
         raise StageError(msg)
     for call, node in zip(calls, traced, strict=True):
         node.meta["nn_module_stack"] = {call.name: (call.name, "")}  # the exporter writes it beside each ONNX node
-    return simplify_qdq(_marked(translate(program, task)))
+    return simplify_qdq(_mark(translate(program, task)))
 
 
 def kernels(path: Path, inputs: Sequence[Array]) -> tuple[Kernel, ...]:
@@ -95,7 +95,7 @@ def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | int)
 
 
-def _marked(model: ModelProto) -> ModelProto:
+def _mark(model: ModelProto) -> ModelProto:
     """Return the graph with names that begin with `[name of the torch node]`, but for its own inputs and outputs."""
     marked = ModelProto()
     marked.CopyFrom(model)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 
 from compressor.quantization.codes import CODES, Affine, WeightCodes
-from compressor.quantization.graph import is_parameter, parameter, with_parameters
-from compressor.quantization.plan import Plan, Unit, Weight
+from compressor.quantization.float_graph import is_parameter, parameter, with_parameters
+from compressor.quantization.int8_plan import Plan, Unit, Weight
 from compressor.task import Inputs, Split, gather
 
 SAMPLES = 256
@@ -109,7 +109,7 @@ def refined(
     return with_parameters(graph, biases), codes
 
 
-def sampled(graph: GraphModule, split: Split, samples: Sequence[int]) -> Inputs:
+def sample_inputs(graph: GraphModule, split: Split, samples: Sequence[int]) -> Inputs:
     """Inputs of as many of `samples`, spread over them, as layers are refined on; fewer if their tensors are large.
 
     `samples` are indices into `split`, at least one.

@@ -42,7 +42,7 @@ class Histogram:
         """Return the histogram of both together."""
         exponent = max(self.exponent, other.exponent)
         return Histogram(
-            _widened(self, exponent) + _widened(other, exponent),
+            _widen(self, exponent) + _widen(other, exponent),
             exponent,
             Range(min(self.extent.low, other.extent.low), max(self.extent.high, other.extent.high)),
             Range(self.sums.low + other.sums.low, self.sums.high + other.sums.high),
@@ -96,7 +96,7 @@ def divergence(values: Tensor, counts: Tensor, found: Range) -> float:
     return float(torch.special.xlogy(wanted, wanted).sum() - torch.special.xlogy(wanted, given).sum())
 
 
-def _widened(seen: Histogram, exponent: int) -> Tensor:
+def _widen(seen: Histogram, exponent: int) -> Tensor:
     """Counts in bins of 2^`exponent`, which is no less than before."""
     offsets = torch.arange(1 - BINS, BINS)
     wider = offsets.sign() * (offsets.abs() >> min(exponent - seen.exponent, BINS.bit_length()))

@@ -8,14 +8,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from compressor.quantization.bias_correction import bias_corrected
+from compressor.quantization.bias_correction import correct_bias
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, rounded_weights
+from compressor.quantization.conversion import affine_of, round_weights
 from compressor.quantization.int8_model import Int8Model
-from compressor.quantization.layerwise import Refine, refined, sampled
-from compressor.quantization.plan import plan_int8
+from compressor.quantization.int8_plan import plan_int8
+from compressor.quantization.layerwise import Refine, refined, sample_inputs
 from compressor.quantization.ranges import RangeMethod
-from compressor.quantization.rounding import learned_rounding
+from compressor.quantization.rounding import learn_rounding
 from compressor.quantization.targets import TARGETS, TargetName
 from compressor.task import Split
 
@@ -36,8 +36,8 @@ class Recipe:
     def refinements(self) -> tuple[Refine, ...]:
         """What each layer goes through after its weights were rounded."""
         limit, generator = TARGETS[self.target].weight_limit, torch.Generator().manual_seed(self.seed)
-        learned = partial(learned_rounding, limit=limit, generator=generator)
-        return (learned,) * (self.rounding == "learned") + (bias_corrected,) * self.bias_correction
+        learned = partial(learn_rounding, limit=limit, generator=generator)
+        return (learned,) * (self.rounding == "learned") + (correct_bias,) * self.bias_correction
 
 
 def int8_model(
@@ -55,8 +55,8 @@ def int8_model(
     """
     spelled, plan = plan_int8(graph, keep_float=keep_float, compute_float=compute_float)
     affines = affine_of(plan, calibrate(spelled, plan, split, samples, recipe.ranges))
-    weights = rounded_weights(spelled, plan, affines, TARGETS[recipe.target].weight_limit)
+    weights = round_weights(spelled, plan, affines, TARGETS[recipe.target].weight_limit)
     if recipe.refinements:
-        inputs = sampled(spelled, split, samples)
+        inputs = sample_inputs(spelled, split, samples)
         spelled, weights = refined(spelled, plan, affines, weights, inputs, refinements=recipe.refinements)
     return Int8Model(spelled, plan, affines, weights)

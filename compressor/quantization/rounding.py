@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.onnx_operators import along
-from compressor.quantization.graph import CONVOLUTIONS, arguments
+from compressor.export.operators import stretch
+from compressor.quantization.float_graph import CONVOLUTIONS, arguments
+from compressor.quantization.int8_plan import CLIPS
 from compressor.quantization.layerwise import Layer
-from compressor.quantization.plan import CLIPS
 
 ITERATIONS = 500
 """Steps of learning per layer."""
@@ -45,10 +45,10 @@ class _Products:
         `codes`: (groups, output channels, inputs of an output channel).
         """
         outputs = torch.bmm(self.rows[:, picked], codes.mT) * self.scale + self.bias
-        return (_clipped(self.node, outputs) - self.wanted[:, picked]).square().mean(1, keepdim=True)
+        return (_clip(self.node, outputs) - self.wanted[:, picked]).square().mean(1, keepdim=True)
 
 
-def learned_rounding(layer: Layer, limit: int, generator: torch.Generator, *, iterations: int = ITERATIONS) -> Layer:
+def learn_rounding(layer: Layer, limit: int, generator: torch.Generator, *, iterations: int = ITERATIONS) -> Layer:
     """Return the layer with each weight rounded up or down so that its clipped outputs are nearest to the float ones.
 
     AdaRound, Nagel et al. 2020 (arXiv 2004.10568), eq. 21-25: inputs are those of the int8 model so far, targets those
@@ -59,7 +59,7 @@ def learned_rounding(layer: Layer, limit: int, generator: torch.Generator, *, it
     if layer.node.kwargs:
         return layer
     products = _products(layer, generator)
-    scale = along(layer.codes.scale, layer.weight.ndim, layer.codes.channel_axis)
+    scale = stretch(layer.codes.scale, layer.weight.ndim, layer.codes.channel_axis)
     ratio = _matrix(layer, (layer.weight / scale).clamp(-limit, limit))
     nearest = _matrix(layer, layer.codes.codes.float())
     with torch.enable_grad():
@@ -95,7 +95,7 @@ def _rectified_sigmoid(logits: Tensor) -> Tensor:
     return (logits.sigmoid() * (_REACH[1] - _REACH[0]) + _REACH[0]).clamp(0, 1)
 
 
-def _clipped(node: Node, outputs: Tensor) -> Tensor:
+def _clip(node: Node, outputs: Tensor) -> Tensor:
     """Apply the clip that alone reads `node`, if one does."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     if user is None or user.target not in CLIPS:
@@ -110,22 +110,22 @@ def _products(layer: Layer, generator: torch.Generator) -> _Products:
     groups, inputs = len(_matrix(layer, layer.weight)), layer.inputs
     if layer.node.target in CONVOLUTIONS:
         windows, outputs = _windows(layer.node, inputs, layer.weight.shape[2:]), layer.outputs.movedim(1, -1)
-        drawn = _drawn(outputs.shape[:-1], generator)
+        drawn = _draw(outputs.shape[:-1], generator)
         rows, wanted = windows[drawn], outputs[drawn]
     else:
-        drawn = _drawn(inputs.shape[:-1], generator)
+        drawn = _draw(inputs.shape[:-1], generator)
         rows, wanted = inputs[drawn], layer.outputs[drawn]
     bias = torch.zeros(wanted.shape[-1]) if layer.added is None else layer.added
     return _Products(
         rows=rows.reshape(len(rows), groups, -1).transpose(0, 1).contiguous(),
-        wanted=_clipped(layer.node, wanted).reshape(len(rows), groups, -1).transpose(0, 1).contiguous(),
+        wanted=_clip(layer.node, wanted).reshape(len(rows), groups, -1).transpose(0, 1).contiguous(),
         scale=layer.codes.scale.reshape(groups, 1, -1),
         bias=bias.reshape(groups, 1, -1),
         node=layer.node,
     )
 
 
-def _drawn(sizes: torch.Size, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _draw(sizes: torch.Size, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Indices of at most `_ROWS` positions, without repetition."""
     return torch.unravel_index(torch.randperm(math.prod(sizes), generator=generator)[:_ROWS], sizes)
 

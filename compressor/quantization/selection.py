@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
-from compressor.errors import InputError
-from compressor.layers import matching
-from compressor.spelling import did_you_mean
+from compressor.errors import InputError, did_you_mean
+from compressor.models.layers import matching
 
 
-def selected(layers: Sequence[str], patterns: Collection[str]) -> tuple[str, ...]:
+def select_layers(layers: Sequence[str], patterns: Collection[str]) -> tuple[str, ...]:
     """Those of `layers` that a pattern names, or that lie below a path that it names, in their order.
 
     Patterns are as in `layers.paths_matching`. Raises InputError for one that names none.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.onnx_operators import along
+from compressor.export.operators import stretch
 from compressor.quantization.codes import CODES, Range, weight_scale
-from compressor.quantization.conversion import affine_of, weight_limit, wrapped
-from compressor.quantization.graph import BATCH_NORM, add_tensor, arguments, aten, parameter
-from compressor.quantization.plan import Plan, Unit
+from compressor.quantization.conversion import affine_of, weight_limit, wrap
+from compressor.quantization.float_graph import BATCH_NORM, add_tensor, arguments, aten, parameter
+from compressor.quantization.int8_plan import Plan, Unit
 
 AVERAGING = 0.01
 """How far a range moves, at each step, towards that of the batch."""
@@ -24,7 +24,7 @@ _MOMENTUM = 0.1
 """How far BatchNorm's statistics do, where the model has no number of its own: those of all batches so far, equally."""
 
 
-def simulated(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit: int, *, live: bool) -> GraphModule:
+def simulate(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit: int, *, live: bool) -> GraphModule:
     """Return `graph` with every tensor of `plan` rounded to its codes; gradients pass rounding, but not clipping.
 
     If `live`, each range starts as in `ranges` and follows the batches, and BatchNorm normalizes each batch by itself
@@ -42,19 +42,19 @@ def simulated(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit
                 add_tensor(result, f"{node.name}_{end}", torch.tensor(getattr(ranges[node.name], end)))
                 for end in Range._fields
             ]
-            return result.graph.call_function(followed, (node, *ends))
+            return result.graph.call_function(follow_and_round, (node, *ends))
         tensors = [
             add_tensor(result, f"{node.name}_{name}", torch.tensor(value))
             for name, value in affines[node.name]._asdict().items()
         ]
-        return result.graph.call_function(rounded, (node, *tensors))
+        return result.graph.call_function(round_to_codes, (node, *tensors))
 
     def weight(result: GraphModule, node: Node, unit: Unit) -> Node:
         assert unit.weight is not None
         arguments = (node, unit.weight.channel_axis, weight_limit(plan, unit, limit), unit.weight.one_scale)
-        return result.graph.call_function(rounded_weight, arguments)
+        return result.graph.call_function(round_weight, arguments)
 
-    result = wrapped(graph, plan, activation, weight)
+    result = wrap(graph, plan, activation, weight)
     for node in result.graph.nodes:
         if live and node.target is BATCH_NORM:
             momentum, epsilon = arguments(node)[6:8]
@@ -63,15 +63,15 @@ def simulated(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit
     return result
 
 
-def followed_ranges(simulation: GraphModule) -> dict[str, Range]:
+def read_ranges(simulation: GraphModule) -> dict[str, Range]:
     """Where the ranges of a live simulation are now, by name of the tensor."""
-    followers = [node for node in simulation.graph.nodes if node.target is followed]
+    followers = [node for node in simulation.graph.nodes if node.target is follow_and_round]
     return {
         node.args[0].name: Range(*(float(parameter(simulation, end)) for end in node.args[1:])) for node in followers
     }
 
 
-def followed(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def follow_and_round(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Round `x` to the codes of the range from `low` to `high`, scalars, which first moves towards that of `x`."""
     with torch.no_grad():
         for end, found in zip((low, high), x.aminmax(), strict=True):
@@ -79,17 +79,17 @@ def followed(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         first, last = low.clamp(max=0), high.clamp(min=0)
         scale = ((last - first) / CODES).clamp(min=torch.finfo(torch.float32).tiny)
         zero_point = (-first / scale).round()
-    return rounded(x, scale, zero_point)
+    return round_to_codes(x, scale, zero_point)
 
 
-def rounded(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Round `x` to the numbers that uint8 codes stand for, float32 whatever the type of `x`."""
     return _round(x.float(), scale, zero_point, (0, CODES))
 
 
-def rounded_weight(weight: Tensor, channel_axis: int, limit: int, one_scale: bool = False) -> Tensor:
+def round_weight(weight: Tensor, channel_axis: int, limit: int, one_scale: bool = False) -> Tensor:
     """Round a weight to the numbers that its codes stand for, with the scales of this very weight."""
-    scale = along(weight_scale(weight, channel_axis, limit, one_scale=one_scale), weight.ndim, channel_axis)
+    scale = stretch(weight_scale(weight, channel_axis, limit, one_scale=one_scale), weight.ndim, channel_axis)
     return _round(weight, scale, torch.zeros_like(scale), (-limit, limit))
 
 

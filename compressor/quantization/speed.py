@@ -12,17 +12,17 @@ import onnx
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.latency import time_models
-from compressor.onnx_inputs import Array
-from compressor.parity import spread
+from compressor.measure.latency import time_models
+from compressor.onnx_files.inputs import Array
 from compressor.quantization.assignment import Handover, Times, cheapest, total_time
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, converted, rounded_weights
-from compressor.quantization.graph import arguments, is_parameter, shape
+from compressor.quantization.conversion import affine_of, convert, round_weights
+from compressor.quantization.float_graph import arguments, is_parameter, shape
+from compressor.quantization.int8_plan import CLIPS, Plan, plan_int8
 from compressor.quantization.kernels import Kernel, kernels, traceable
-from compressor.quantization.plan import CLIPS, Plan, plan_int8
-from compressor.report.measurements import Latency
-from compressor.task import Task
+from compressor.records.measurements import Latency
+from compressor.task import Task, spread
+from compressor.text.layout import list_names
 
 _SAMPLES = 8
 """Of the calibration split; times do not depend on ranges, but which clips vanish does."""
@@ -31,8 +31,6 @@ _MIXTURES = 2
 """How many models in which some layers are int8 and others float are tried at most."""
 _WORTH_TRYING = 0.02
 """Share of the time that a mixture must promise to save."""
-_NAMED = 8
-"""Layers that one line of the log names."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Choice:
         reason = f"all in int8 would be {_interval(self.int8_speed)} times as fast as float here"
         if len(self.floats) == self.layers:
             return f"all layers compute in float, with weights stored as int8: {reason}"
-        return f"{listed(self.floats)} compute in float: {reason}, this is {_interval(self.speed)}"
+        return f"{list_names(self.floats)} compute in float: {reason}, this is {_interval(self.speed)}"
 
 
 def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Collection[str] = ()) -> Choice:
@@ -78,7 +76,7 @@ def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Co
         paths: dict[frozenset[str], Path] = {}
         for floats in (frozenset(layers), frozenset[str]()):
             paths[floats] = written(floats)
-        timed = _timed(paths, inputs)
+        timed = _time(paths, inputs)
         float_model, int8_model = (
             _without_overhead(kernels(path, inputs), whole=_seconds(timed, floats)) for floats, path in paths.items()
         )
@@ -93,8 +91,8 @@ def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Co
             if mixed in paths or total_time(times, handovers, mixed) > least * (1 - _WORTH_TRYING):
                 break
             paths[mixed] = written(mixed)
-            timed = _timed(paths, inputs)
-            handovers = _stretched(times, handovers, mixed, _seconds(timed, mixed))
+            timed = _time(paths, inputs)
+            handovers = _stretch(times, handovers, mixed, _seconds(timed, mixed))
     candidates = sorted(timed, key=len, reverse=True)
     latencies = [timed[floats] for floats in candidates]
     best = index_of_fastest(latencies)
@@ -142,21 +140,15 @@ def islands(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def listed(layers: Sequence[str]) -> str:
-    """Names for a line of the log, the first few of many."""
-    more = len(layers) - _NAMED
-    return ", ".join(layers[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _model(
     graph: GraphModule, task: Task, weight_limit: int, keep_float: Collection[str], floats: Collection[str]
 ) -> onnx.ModelProto:
     planned, plan = plan_int8(graph, keep_float=keep_float, compute_float=floats)
     affines = affine_of(plan, calibrate(planned, plan, task.calibration, spread(task.calibration, _SAMPLES), "minmax"))
-    return traceable(converted(planned, plan, affines, rounded_weights(planned, plan, affines, weight_limit)), task)
+    return traceable(convert(planned, plan, affines, round_weights(planned, plan, affines, weight_limit)), task)
 
 
-def _timed(paths: Mapping[frozenset[str], Path], inputs: Sequence[Array]) -> dict[frozenset[str], Latency]:
+def _time(paths: Mapping[frozenset[str], Path], inputs: Sequence[Array]) -> dict[frozenset[str], Latency]:
     """Time the models side by side; ratios are to the first."""
     latencies, _ = time_models(tuple(paths.values()), inputs=inputs, precision=_PRECISION, max_seconds=_MAX_SECONDS)
     return dict(zip(paths, latencies, strict=True))
@@ -211,7 +203,7 @@ def _pairs(handovers: Iterable[Handover]) -> list[tuple[str, str]]:
     return [(one.producer, reader) for one in handovers if one.producer for reader in sorted(one.readers)]
 
 
-def _stretched(
+def _stretch(
     times: Mapping[str, Times], handovers: Sequence[Handover], floats: Collection[str], seconds: float
 ) -> list[Handover]:
     """Make conversions so long that the model in which `floats` compute in float takes `seconds`, but no shorter."""

@@ -1,1 +1,1 @@
-"""What a run found: records, and their forms for people and machines. Knows no torch."""
+"""What a run found, in forms for people and machines. Knows no torch."""

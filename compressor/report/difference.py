@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, TypeAlias, final
 
-from compressor.report.figures import change, count, printable, speed, value
-from compressor.report.layout import escape, markdown_bullets
-from compressor.report.measurements import MetricInfo
-from compressor.report.quality import fidelity_figures, quality_figures
-from compressor.report.records import Report, Row
+from compressor.records.measurements import MetricInfo
+from compressor.records.report import Report, Row
+from compressor.report.classifier import fidelity_figures, quality_figures
+from compressor.text.figures import change, count, printable, speed, value
+from compressor.text.layout import escape, markdown_bullets
 
 _Texts: TypeAlias = Mapping[str, str]
 """What is compared, by name, each written so that equal texts are no change."""
@@ -21,37 +21,37 @@ _MOMENTARY = {"load_average", "steal_share"}
 
 @final
 @dataclass(frozen=True)
-class Section:
+class DifferenceSection:
     """What changed in one part of a report, a line each."""
 
     title: str
     lines: tuple[str, ...]
 
 
-def differences(old: Report, new: Report) -> tuple[Section, ...]:
+def differences(old: Report, new: Report) -> tuple[DifferenceSection, ...]:
     """What changed, part by part; parts without a change are left out.
 
     A speed has changed where the 95 % intervals do not overlap, any other figure where it is written differently.
     Stages and rows are paired by name, in order; the delivered models are compared in any case.
     """
     found = [
-        Section("Settings", tuple(_setting_changes(old.settings, new.settings))),
-        Section("Stages", tuple(_stage_changes(_stages(old.settings), _stages(new.settings)))),
+        DifferenceSection("Settings", tuple(_setting_changes(old.settings, new.settings))),
+        DifferenceSection("Stages", tuple(_stage_changes(_stages(old.settings), _stages(new.settings)))),
         *_model_changes(old, new),
-        Section("How it was measured", tuple(_changes(_conditions(old, new), _conditions(new, old)))),
-        Section("Gate", tuple(_changes(_statuses(old), _statuses(new)))),
-        Section("Environment", tuple(_changes(_facts(old), _facts(new)))),
+        DifferenceSection("How it was measured", tuple(_changes(_conditions(old, new), _conditions(new, old)))),
+        DifferenceSection("Gate", tuple(_changes(_statuses(old), _statuses(new)))),
+        DifferenceSection("Environment", tuple(_changes(_facts(old), _facts(new)))),
     ]
     return tuple(part for part in found if part.lines)
 
 
-def to_text(parts: Sequence[Section]) -> str:
+def to_text(parts: Sequence[DifferenceSection]) -> str:
     """Plain text for a terminal, without a final newline."""
     texts = ["\n".join([printable(part.title), *(f"  {printable(line)}" for line in part.lines)]) for part in parts]
     return "\n\n".join(texts) or "nothing changed"
 
 
-def to_markdown(parts: Sequence[Section]) -> str:
+def to_markdown(parts: Sequence[DifferenceSection]) -> str:
     """Markdown; names are escaped."""
     texts = [f"## {escape(part.title)}\n\n{markdown_bullets(part.lines)}" for part in parts]
     return "\n\n".join(["# What changed", *(texts or ["Nothing changed."])]) + "\n"
@@ -121,16 +121,16 @@ def _statuses(report: Report) -> dict[str, str]:
     return {verdict.metric: verdict.status for verdict in report.verdicts}
 
 
-def _model_changes(old: Report, new: Report) -> Iterator[Section]:
+def _model_changes(old: Report, new: Report) -> Iterator[DifferenceSection]:
     pairs = _pairs([row.stage for row in old.rows], [row.stage for row in new.rows])
     last = len(new.rows) - 1
     for position, earlier in pairs.items():
         was, now = old.rows[earlier], new.rows[position]
         delivered = ", delivered" if (earlier, position) == (len(old.rows) - 1, last) else ""
-        yield Section(f"Row {position + 1}, {now.stage}{delivered}", tuple(_row_changes(was, now, old, new)))
+        yield DifferenceSection(f"Row {position + 1}, {now.stage}{delivered}", tuple(_row_changes(was, now, old, new)))
     if pairs.get(last) != len(old.rows) - 1:
         was, now = old.rows[-1], new.rows[-1]
-        yield Section(f"Delivered, {was.stage} -> {now.stage}", tuple(_row_changes(was, now, old, new)))
+        yield DifferenceSection(f"Delivered, {was.stage} -> {now.stage}", tuple(_row_changes(was, now, old, new)))
 
 
 def _row_changes(was: Row, now: Row, old: Report, new: Report) -> Iterator[str]:

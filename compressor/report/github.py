@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, final
 
-from compressor.disk import output_errors
 from compressor.errors import Problem
-from compressor.report.records import Verdict
+from compressor.records.report import Verdict
+from compressor.system.disk import output_errors
 
 SUMMARY_BYTES = 1024 * 1024
 """A larger summary of a step is dropped whole."""
@@ -40,8 +40,8 @@ class InertFormatter(logging.Formatter):
 
 def annotation(level: Literal["warning", "error"], message: str, **properties: str | int | None) -> str:
     """The command that shows `message` beside the log and, given `file`, `line` and `col`, beside the code."""
-    given = [f"{name}={_escaped(str(found), _PROPERTY)}" for name, found in properties.items() if found is not None]
-    return f"::{level}{' ' if given else ''}{','.join(given)}::{_escaped(message, _DATA)}"
+    given = [f"{name}={_escape(str(found), _PROPERTY)}" for name, found in properties.items() if found is not None]
+    return f"::{level}{' ' if given else ''}{','.join(given)}::{_escape(message, _DATA)}"
 
 
 def problem_annotation(problem: Problem, workspace: Path) -> str:
@@ -62,10 +62,10 @@ def verdict_annotations(verdicts: Sequence[Verdict]) -> list[str]:
 def append_summary(markdown: str, path: Path) -> None:
     """Add `markdown` to the summary of a step, or what of it there is room for. Raises HostError."""
     with output_errors(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(fitted(markdown, SUMMARY_BYTES - (stream.tell() if stream.seekable() else 0)))
+        stream.write(fit_in(markdown, SUMMARY_BYTES - (stream.tell() if stream.seekable() else 0)))
 
 
-def fitted(markdown: str, room: int) -> str:
+def fit_in(markdown: str, room: int) -> str:
     """`markdown` in at most `room` bytes: without its last sections if need be, and then with a sentence that says so.
 
     The first section that is not a title alone is cut at the end of a line. Empty if there is no room even for the
@@ -96,5 +96,5 @@ def _size(text: str) -> int:
     return len(text.encode())
 
 
-def _escaped(text: str, replacements: Mapping[str, str]) -> str:
+def _escape(text: str, replacements: Mapping[str, str]) -> str:
     return "".join(replacements.get(character, character) for character in text)

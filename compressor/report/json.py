@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compressor.errors import InputError
-from compressor.report.benchmark import Benchmark
-from compressor.report.records import Report
+from compressor.records.benchmark import Benchmark
+from compressor.records.report import Report
 
 MOST_BYTES = 64 << 20
 """Of a report: much more than any run writes."""

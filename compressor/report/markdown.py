@@ -1,14 +1,14 @@
 """A report as Markdown, for repositories and reviews."""
 
-from compressor.report.figures import count, facts
-from compressor.report.gate import sentence
-from compressor.report.int8 import described, layer_cells, outcome, shown_layers
-from compressor.report.layout import escape, markdown_bullets, markdown_table
-from compressor.report.quality import class_cells, meanings, quality_cells, sample_cells, summary
-from compressor.report.records import Report, Row
+from compressor.records.report import Report, Row
+from compressor.report.classifier import class_cells, meanings, quality_cells, sample_cells, summary
+from compressor.report.int8_summary import describe_deployment, describe_fallback, layer_cells, shown_layers
 from compressor.report.remarks import headline, method, readiness, remarks
 from compressor.report.reproduction import command, settings
 from compressor.report.table import cells
+from compressor.text.figures import count, facts
+from compressor.text.layout import escape, markdown_bullets, markdown_table
+from compressor.verdicts.gate import sentence
 
 
 def to_markdown(report: Report) -> str:
@@ -68,7 +68,10 @@ def _int8(report: Report) -> str:
     for row in report.rows:
         if (found := row.quantization) is None:
             continue
-        lines = [described(found.deployment), *([outcome(found.fallback, found.deployment)] if found.fallback else [])]
+        lines = [
+            describe_deployment(found.deployment),
+            *([describe_fallback(found.fallback, found.deployment)] if found.fallback else []),
+        ]
         parts.append(markdown_bullets([f"{row.stage}: {line}" for line in lines]))
         if table := layer_cells(found):
             parts += [escape(f"{row.stage}, {shown_layers(found)}:"), markdown_table(table)]

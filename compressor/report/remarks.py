@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
-from compressor.report.figures import change, compared_size, count, milliseconds, printable, size, speed, times, value
-from compressor.report.measurements import LatencySession, MetricInfo
-from compressor.report.records import Preparation, Report, Row
+from compressor.records.measurements import LatencySession, MetricInfo
+from compressor.records.report import Preparation, Report, Row
+from compressor.text.figures import change, count, milliseconds, printable, size, size_ratio, speed, times, value
 
 _MANY_ZEROS = 0.1
 """Share of the parameters from which on zeros are worth a sentence: a few biases or codes are zero in many models."""
@@ -17,7 +17,7 @@ def headline(report: Report) -> str:
     """What came in and what came out, in one line."""
     first, last = report.rows[0], report.rows[-1]
     before, after = first.measurement.size_bytes, last.measurement.size_bytes
-    parts = [compared_size(before, after).replace("no difference", "no smaller")]
+    parts = [size_ratio(before, after).replace("no difference", "no smaller")]
     if last.latency:
         parts.append(speed(last.latency).partition(" [")[0].replace("no difference", "no faster"))
     for metric in report.metrics:

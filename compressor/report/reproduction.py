@@ -3,8 +3,8 @@
 import json
 import shlex
 
-from compressor.report.figures import printable
-from compressor.report.records import Report
+from compressor.records.report import Report
+from compressor.text.figures import printable
 
 
 def command(report: Report) -> str:

@@ -1,17 +1,17 @@
 """A report as plain text for a terminal."""
 
-from compressor.report.figures import change, milliseconds, printable, size, speed, value
-from compressor.report.gate import sentence
-from compressor.report.layout import aligned
-from compressor.report.records import Report, Row
+from compressor.records.report import Report, Row
 from compressor.report.remarks import remarks, timing
+from compressor.text.figures import change, milliseconds, printable, size, speed, value
+from compressor.text.layout import align
+from compressor.verdicts.gate import sentence
 
 
 def to_table(report: Report) -> str:
     """Aligned table, remarks and verdicts; ASCII unless a name of the user's is not. Without a final newline."""
     notes = [timing(report), *remarks(report)]
     verdicts = [f"Gate, {printable(sentence(verdict))}" for verdict in report.verdicts]
-    return "\n".join([aligned(cells(report)), "", *notes, *([""] if verdicts else []), *verdicts])
+    return "\n".join([align(cells(report)), "", *notes, *([""] if verdicts else []), *verdicts])
 
 
 def cells(report: Report) -> list[list[str]]:

@@ -5,10 +5,10 @@ from typing import final
 import onnx
 from pydantic import Field
 
-from compressor.artifact import OnnxModel, TorchModel
-from compressor.export import task_metadata, to_onnx
-from compressor.onnx_writing import with_metadata, write
-from compressor.parity import SAME_GRAPH_TOLERANCE, check_parity
+from compressor.export.parity import SAME_GRAPH_TOLERANCE, check_parity
+from compressor.export.to_onnx import task_metadata, to_onnx
+from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.onnx_files.writing import with_metadata, write
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 

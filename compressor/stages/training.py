@@ -4,12 +4,12 @@ from typing import ClassVar, final
 
 from pydantic import Field
 
-from compressor.artifact import TorchModel
-from compressor.processes import launched
-from compressor.sampling import TrainingData, draws
+from compressor.models.artifact import TorchModel
 from compressor.stage import Stage, StageContext
+from compressor.system.processes import launched
 from compressor.task import Task
-from compressor.training import LabelLoss, Optimizer, fit
+from compressor.training.fit import LabelLoss, Optimizer, fit
+from compressor.training.sampling import TrainingData, draws
 
 
 @final

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.config import load
+from compressor.config.pipeline_file import load
 from compressor.errors import ConfigError
 
 STAGES = '''
@@ -13,8 +13,8 @@ from typing import ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compressor.artifact import Artifact, OnnxModel, TorchModel
-from compressor.plugins import Reference
+from compressor.models.artifact import Artifact, OnnxModel, TorchModel
+from compressor.references.reference import Reference
 from compressor.stage import Stage
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from example_pipeline import problems, with_stages
 
-from compressor.config import load
+from compressor.config.pipeline_file import load
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_two_prunings_and_an_export_of_an_exported_model_are_possible(directory:
 
 OWN_STAGE = """\
 from __future__ import annotations
-from compressor.artifact import Artifact, TorchModel
+from compressor.models.artifact import Artifact, TorchModel
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 class LowRank(Stage[TorchModel, TorchModel]):

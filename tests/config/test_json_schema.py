@@ -5,8 +5,8 @@ import pytest
 from example_pipeline import PIPELINE, with_stages
 from jsonschema import Draft7Validator
 
-from compressor.config import json_schema
-from compressor.yaml_source import parse
+from compressor.config.pipeline_file import json_schema
+from compressor.config.yaml_source import parse
 
 DESIGN_EXAMPLE = """\
 # yaml-language-server: $schema=pipeline.schema.json

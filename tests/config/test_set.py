@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from example_pipeline import PIPELINE, changed, problems
 
-from compressor.config import load
-from compressor.plugins import Reference
+from compressor.config.pipeline_file import load
+from compressor.references.reference import Reference
 
 
 @pytest.mark.parametrize(

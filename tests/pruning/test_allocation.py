@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor.pruning.allocation import by_ratios, multiples_of, multiples_that_fit, plan, units_kept
-from compressor.pruning.graph import channel_groups
+from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Member
 from networks import StackedNetwork
 

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from compressor.artifact import TorchModel
-from compressor.edits import structural_edits
 from compressor.errors import InputError, StageError
-from compressor.export import to_onnx
-from compressor.parity import FLOAT_TOLERANCE, relative_error
-from compressor.plugins import Reference
+from compressor.export.parity import FLOAT_TOLERANCE, relative_error
+from compressor.export.to_onnx import to_onnx
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import structural_edits
 from compressor.pruning.allocation import multiples_of, uniform
 from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
 from compressor.pruning.criteria import magnitude
 from compressor.pruning.groups import run, without
+from compressor.references.reference import Reference
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, StackedNetwork, TiedNetwork
 
 TESTS = Path(__file__).parents[1]

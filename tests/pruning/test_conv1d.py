@@ -3,13 +3,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as HuggingFaceConv1D
 
-from compressor.artifact import TorchModel
-from compressor.edits import Edit, apply_edits, structural_edits
 from compressor.errors import InputError, StageError
-from compressor.plugins import Reference
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import Edit, apply_edits, structural_edits
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.groups import without
 from compressor.pruning.transformers import transformer_groups
+from compressor.references.reference import Reference
 from transformer_networks import gpt2
 
 GPT2 = Reference(factory="transformer_networks:gpt2")

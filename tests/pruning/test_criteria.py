@@ -8,8 +8,8 @@ from torch import nn
 from compressor import Samples
 from compressor.errors import StageError
 from compressor.pruning.criteria import scores
-from compressor.pruning.graph import channel_groups
-from compressor.pruning.groups import silenced
+from compressor.pruning.dependency_graph import channel_groups
+from compressor.pruning.groups import silence
 from networks import ConcatenatedNetwork, ConvNextNetwork, PlainNetwork, ResidualNetwork, StackedNetwork
 
 
@@ -82,7 +82,7 @@ def test_taylor_is_the_squared_change_of_the_loss_as_a_unit_begins_to_fade(netwo
 
     def loss(group, unit, share) -> float:
         """With the weights that read the unit smaller by a `share`."""
-        faded, gone = silenced(module, [group], {}), silenced(module, [group], {group.path: (unit,)})
+        faded, gone = silence(module, [group], {}), silence(module, [group], {group.path: (unit,)})
         with torch.no_grad():
             for parameter, zeroed in zip(faded.parameters(), gone.parameters(), strict=True):
                 parameter.lerp_(zeroed, share)

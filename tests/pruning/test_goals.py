@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import StageError
-from compressor.export import to_onnx
-from compressor.latency import time_models
-from compressor.measure import measure
+from compressor.export.to_onnx import to_onnx
+from compressor.measure.latency import time_models
+from compressor.measure.model import measure
 from compressor.pruning.allocation import multiples_of, plan
 from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.criteria import scores
-from compressor.pruning.goals import Goal, Reached, measure_of, reach
+from compressor.pruning.goals import Goal, GoalResult, measure_of, reach
 from compressor.pruning.groups import Plan
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, WideNetwork
 
@@ -24,7 +24,7 @@ from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, WideNet
 class Search:
     """A search on a real network, and the lines it logged."""
 
-    reached: Reached
+    reached: GoalResult
     log: list
 
 

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from compressor.pruning.staircase import measured_step, step_of_staircase
+from compressor.pruning.staircase import measure_step, step_of_staircase
 
 CHANNELS = np.array([20, 24, 28, 32, 33, 34, 36, 40, 44, 48, 56, 64])
 
@@ -49,8 +49,8 @@ def test_times_without_any_order_give_the_step_for_unclear_cases():
 
 
 def test_the_step_of_this_machine_is_measured_once_within_seconds():
-    step = measured_step()
+    step = measure_step()
     assert step in {1, 2, 4, 8, 16, 32}
     start = time.perf_counter()
-    assert measured_step() == step
+    assert measure_step() == step
     assert time.perf_counter() - start < 0.1

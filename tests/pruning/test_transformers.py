@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor.artifact import TorchModel
-from compressor.edits import structural_edits
 from compressor.errors import StageError
-from compressor.export import to_onnx
-from compressor.plugins import Reference
+from compressor.export.to_onnx import to_onnx
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import structural_edits
 from compressor.pruning.conv1d import with_linears
-from compressor.pruning.groups import Group, Member, check_equal, run, silenced, without
+from compressor.pruning.groups import Group, Member, check_equal, run, silence, without
 from compressor.pruning.transformers import transformer_groups, transformer_units
+from compressor.references.reference import Reference
 from compressor.task import Samples, Task
 from networks import ConcatenatedNetwork, PlainNetwork
 from transformer_networks import EncoderLayers, PatchTransformer, bert
@@ -170,7 +170,7 @@ def test_pruned_model_answers_like_one_whose_units_are_silent(case, digits_task)
     groups = transformer_groups(model.module, (inputs,))
     wide = model.module.double()  # so that rounding cannot hide a small fault
     inputs = (inputs if case.tokens else inputs.double(),)
-    silent = silenced(wide, groups, plan_of(groups))
+    silent = silence(wide, groups, plan_of(groups))
     check_equal(without(wide, groups, plan_of(groups)), silent, inputs, tolerance=1e-6)
     with pytest.raises(StageError, match="its outputs differ by"):
         check_equal(wide, silent, inputs, tolerance=1e-3)  # what the removed units did is no trifle
@@ -211,8 +211,8 @@ def test_rows_cut_without_their_attribute_run_and_give_other_numbers(digits_task
     smaller = without(module, careless, plan)
     assert run(smaller, inputs).shape == (2, 10)
     with pytest.raises(StageError, match="its outputs differ by"):
-        check_equal(smaller, silenced(module, groups, plan), inputs)
-    check_equal(without(module, groups, plan), silenced(module, groups, plan), inputs)
+        check_equal(smaller, silence(module, groups, plan), inputs)
+    check_equal(without(module, groups, plan), silence(module, groups, plan), inputs)
 
 
 def test_bert_without_half_of_each_head_runs_and_gives_other_numbers(digits_task):
@@ -227,7 +227,7 @@ def test_bert_without_half_of_each_head_runs_and_gives_other_numbers(digits_task
     smaller = without(model.module, [group], {group.path: (0,)})
     assert run(smaller, (tokens,)).shape == (8, 2)
     with pytest.raises(StageError, match="its outputs differ by"):
-        check_equal(smaller, silenced(model.module, [group], {group.path: (0,)}), (tokens,))
+        check_equal(smaller, silence(model.module, [group], {group.path: (0,)}), (tokens,))
 
 
 def test_regrouping_is_found_out_with_weights_too_small_to_show_it(digits_task):

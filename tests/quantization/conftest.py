@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor import Task, TorchModel
-from compressor.plugins import Reference
+from compressor.references.reference import Reference
 from tests.networks import PlainNetwork
 
 

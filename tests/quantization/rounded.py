@@ -10,10 +10,10 @@ from torch.fx import GraphModule
 from compressor import Samples, Task
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.codes import Affine, WeightCodes
-from compressor.quantization.conversion import affine_of, converted, rounded_weights
-from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.conversion import affine_of, convert, round_weights
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
+from compressor.quantization.int8_plan import Plan, plan_int8
 from compressor.quantization.layerwise import Layer, Refine, refined
-from compressor.quantization.plan import Plan, plan_int8
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Rounded:
     def outputs(self, images: Tensor) -> Tensor:
         """What the int8 graph gives."""
         with torch.no_grad():
-            return converted(self.graph, self.plan, self.affines, self.weights)(images)
+            return convert(self.graph, self.plan, self.affines, self.weights)(images)
 
 
 def task_of(images: Tensor) -> Task:
@@ -56,6 +56,6 @@ def task_of(images: Tensor) -> Task:
 
 def rounded(module: nn.Module, images: Tensor, limit: int = 63) -> Rounded:
     task = task_of(images)
-    graph, plan = plan_int8(folded(float_graph(module.eval(), task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(module.eval(), task)))
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(len(images)), "minmax"))
-    return Rounded(graph, plan, affines, rounded_weights(graph, plan, affines, limit), images)
+    return Rounded(graph, plan, affines, round_weights(graph, plan, affines, limit), images)

@@ -10,19 +10,19 @@ from torch import Tensor
 from compressor import Task, TorchModel
 from compressor.quantization.analysis import analyse
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, rounded_weights
-from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.conversion import affine_of, round_weights
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_model import Int8Model
-from compressor.quantization.plan import plan_int8
-from compressor.report.int8 import worst_first
-from compressor.report.quantization import LayerNoise
+from compressor.quantization.int8_plan import plan_int8
+from compressor.records.int8 import LayerNoise
+from compressor.report.int8_summary import worst_first
 from compressor.task import accuracy, evaluate
 
 
 def int8_of(model: TorchModel, task: Task) -> Int8Model:
-    graph, plan = plan_int8(folded(float_graph(model.module, task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(model.module, task)))
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(256), "minmax"))
-    return Int8Model(graph, plan, affines, rounded_weights(graph, plan, affines, 63))
+    return Int8Model(graph, plan, affines, round_weights(graph, plan, affines, 63))
 
 
 def analysed(model: TorchModel, task: Task) -> tuple[Int8Model, dict[str, LayerNoise]]:

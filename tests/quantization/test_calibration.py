@@ -9,20 +9,20 @@ from torch.fx import GraphModule
 
 from compressor import Samples, StageContext, Task, TorchModel
 from compressor.errors import InputError
-from compressor.plugins import Reference
-from compressor.quantization.calibration import FEW_SAMPLES, calibrate, calibration_samples, observed
-from compressor.quantization.graph import float_graph, folded
-from compressor.quantization.plan import Plan, plan_int8
+from compressor.quantization.calibration import FEW_SAMPLES, calibrate, calibration_samples, observe
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
+from compressor.quantization.int8_plan import Plan, plan_int8
 from compressor.quantization.ranges import RangeMethod
-from compressor.stages.quantization.ptq import Int8Ptq
-from tests.models import SeparableNetwork
+from compressor.references.reference import Reference
+from compressor.stages.int8_ptq import Int8Ptq
+from tests.example_models import SeparableNetwork
 from tests.networks import PlainNetwork, ResidualNetwork
 
 
 @pytest.fixture(scope="module", params=[ResidualNetwork, SeparableNetwork], ids=lambda network: network.__name__)
 def planned(request: pytest.FixtureRequest, digits_task: Task) -> tuple[GraphModule, Plan]:
     torch.manual_seed(0)
-    return plan_int8(folded(float_graph(request.param().eval(), digits_task)))
+    return plan_int8(fold_batch_norms(float_graph(request.param().eval(), digits_task)))
 
 
 def said_by(stage: Int8Ptq, module: nn.Module, task: Task, directory: Path) -> list[str]:
@@ -34,7 +34,7 @@ def said_by(stage: Int8Ptq, module: nn.Module, task: Task, directory: Path) -> l
 
 def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Plan], digits_task: Task) -> None:
     graph, plan = planned
-    batches = list(observed(graph, plan.ranged, digits_task.calibration, range(256)))
+    batches = list(observe(graph, plan.ranged, digits_task.calibration, range(256)))
     values: dict[str, Tensor] = {name: torch.cat([batch[name].flatten() for batch in batches]) for name in plan.ranged}
     assert calibrate(graph, plan, digits_task.calibration, range(256), "minmax") == {
         name: (min(float(seen.min()), 0.0), max(float(seen.max()), 0.0)) for name, seen in values.items()

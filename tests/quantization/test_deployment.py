@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from compressor import Samples, Task, TorchModel
 from compressor.errors import StageError
-from compressor.parity import spread
-from compressor.plugins import Reference
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, rounded_weights
+from compressor.quantization.conversion import affine_of, round_weights
 from compressor.quantization.deployment import compare, deploy, output_quantum
-from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_model import Int8Model
-from compressor.quantization.plan import plan_int8
-from compressor.task import Metric, accuracy, evaluate
+from compressor.quantization.int8_plan import plan_int8
+from compressor.references.reference import Reference
+from compressor.task import Metric, accuracy, evaluate, spread
 
 
 class Dropping(nn.Module):
@@ -37,9 +36,9 @@ class Dropping(nn.Module):
 
 
 def int8_of(module: nn.Module, task: Task) -> Int8Model:
-    graph, plan = plan_int8(folded(float_graph(module.eval(), task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(module.eval(), task)))
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(256), "minmax"))
-    return Int8Model(graph, plan, affines, rounded_weights(graph, plan, affines, 63))
+    return Int8Model(graph, plan, affines, round_weights(graph, plan, affines, 63))
 
 
 def test_file_gives_what_pytorch_gives_and_each_has_its_metric(

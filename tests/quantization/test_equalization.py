@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from rounded import task_of
 from torch import Tensor, nn
 
-from compressor.quantization.equalization import equalized
-from compressor.quantization.graph import float_graph, folded
-from models import SeparableNetwork, SignalNetwork
+from compressor.quantization.equalization import equalize
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
+from example_models import SeparableNetwork, SignalNetwork
 from networks import ConcatenatedNetwork, GroupedNetwork, PlainNetwork, ResidualNetwork
 
 
@@ -28,9 +28,9 @@ def unequal(network: type[nn.Module]) -> nn.Module:
 def changed(module: nn.Module) -> set[str]:
     """Layers to which equalization gives other weights; the outputs must be equal."""
     images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    graph = folded(float_graph(module, task_of(images)))
+    graph = fold_batch_norms(float_graph(module, task_of(images)))
     before = {name: tensor.clone() for name, tensor in weights(graph).items()}
-    after = equalized(graph)
+    after = equalize(graph)
     with torch.no_grad():
         # float32 sums of up to 512 products
         torch.testing.assert_close(after(images), graph(images), rtol=1e-4, atol=1e-5)
@@ -55,8 +55,8 @@ def test_outputs_are_equal_and_layers_change_where_only_a_relu_pool_or_move_stan
 
 
 def test_channel_is_as_large_where_it_is_made_as_where_it_is_read():
-    graph = folded(float_graph(unequal(PlainNetwork), task_of(torch.rand(8, 1, 8, 8))))
-    after = weights(equalized(graph))
+    graph = fold_batch_norms(float_graph(unequal(PlainNetwork), task_of(torch.rand(8, 1, 8, 8))))
+    after = weights(equalize(graph))
     made = after["conv2.weight"].abs().amax((1, 2, 3))
     read = after["fc1.weight"].abs().reshape(64, 32, 16).amax((0, 2))
     torch.testing.assert_close(made, read, rtol=0.03, atol=0)  # sweeps end at a hundredth
@@ -68,9 +68,9 @@ def test_zeros_stay_and_a_channel_without_weights_changes_nothing():
         module.conv2.weight[3] = 0
         module.fc1.weight[:, :16] = 0  # what reads channel 0
         module.fc2.weight[::2, ::2] = 0
-    graph = folded(float_graph(module, task_of(torch.rand(8, 1, 8, 8))))
+    graph = fold_batch_norms(float_graph(module, task_of(torch.rand(8, 1, 8, 8))))
     assert changed(module) == {"conv1", "conv2", "fc1", "fc2"}
-    for name, tensor in weights(equalized(graph)).items():
+    for name, tensor in weights(equalize(graph)).items():
         assert tensor.isfinite().all()
         assert tensor.eq(0).equal(weights(graph)[name].eq(0))
 

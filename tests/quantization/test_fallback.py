@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from compressor import OnnxModel, StageContext, Task, TorchModel
 from compressor.errors import InputError, StageError
-from compressor.plugins import Reference
-from compressor.report.quantization import Quantization
-from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.records.int8 import Quantization
+from compressor.references.reference import Reference
+from compressor.stages.int8_ptq import Int8Ptq
 from compressor.task import accuracy, evaluate
-from tests.models import BranchingNetwork, SingularNetwork
+from tests.example_models import BranchingNetwork, SingularNetwork
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def quantize(stage: Int8Ptq, model: TorchModel, task: Task, work_dir: Path) -> O
 
 
 def wrap(module: nn.Module) -> TorchModel:
-    return TorchModel(module.eval(), Reference(factory="tests.models:BranchingNetwork"))
+    return TorchModel(module.eval(), Reference(factory="tests.example_models:BranchingNetwork"))
 
 
 def int8_bytes(model: OnnxModel) -> int:

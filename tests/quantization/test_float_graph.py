@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import StageError
-from compressor.quantization.graph import BATCH_NORM, SPELLED_OUT, aten, float_graph, folded, spelled_out
-from compressor.quantization.plan import plan_int8
-from models import SeparableNetwork
+from compressor.quantization.float_graph import BATCH_NORM, SPELLED_OUT, aten, float_graph, fold_batch_norms, spell_out
+from compressor.quantization.int8_plan import plan_int8
+from example_models import SeparableNetwork
 from networks import ResidualNetwork
 
 
@@ -71,7 +71,9 @@ def test_graph_and_folded_graph_answer_as_the_module_does(network, digits_task, 
     with torch.no_grad():
         expected = module(images)
         torch.testing.assert_close(graph(images), expected)
-        torch.testing.assert_close(folded(graph)(images), expected, rtol=1e-4, atol=1e-4)  # sums in another order
+        torch.testing.assert_close(
+            fold_batch_norms(graph)(images), expected, rtol=1e-4, atol=1e-4
+        )  # sums in another order
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
@@ -90,7 +92,7 @@ def test_batch_norm_is_folded_or_else_a_depthwise_convolution(digits_task):
         "head.1",
     ]
     names = [node.name for node in graph.graph.nodes if node.target is BATCH_NORM]
-    after = folded(graph)
+    after = fold_batch_norms(graph)
     assert not [node for node in after.graph.nodes if node.target is BATCH_NORM]
     (alone,) = [node for node in after.graph.nodes if node.meta.get("layer") == "norm"]
     assert alone.target is aten.conv2d.default  # its layer has another reader
@@ -159,7 +161,7 @@ def test_spelled_out_activations_give_equal_outputs(digits_task, images):
     ).eval()
     graph = float_graph(module, digits_task)
     names = {node.name for node in graph.graph.nodes if node.target in SPELLED_OUT}
-    spelled = spelled_out(graph, names)
+    spelled = spell_out(graph, names)
     assert len(names) == 3
     assert not [node for node in spelled.graph.nodes if node.target in SPELLED_OUT]
     with torch.no_grad():

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor import OnnxModel, Samples, Task
-from compressor.export import to_unchecked_onnx
-from compressor.parity import relative_error
+from compressor.export.parity import relative_error
+from compressor.export.to_onnx import to_unchecked_onnx
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, converted, rounded_weights
-from compressor.quantization.graph import float_graph, folded
-from compressor.quantization.plan import plan_int8
+from compressor.quantization.conversion import affine_of, convert, round_weights
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
+from compressor.quantization.int8_plan import plan_int8
 from transformer_networks import bert, gpt2
 
 
@@ -212,10 +212,10 @@ MOVES |= {"Transpose", "Unsqueeze"}
 def int8(module: nn.Module, inputs: Tensor, directory: Path) -> OnnxModel:
     split = Samples((inputs,), torch.zeros(len(inputs), dtype=torch.long))
     task = Task(split, split, split, split, (inputs[:2],))
-    graph, plan = plan_int8(folded(float_graph(module, task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(module, task)))
     affines = affine_of(plan, calibrate(graph, plan, split, range(len(inputs)), "minmax"))
-    weights = rounded_weights(graph, plan, affines, 63)
-    return to_unchecked_onnx(converted(graph, plan, affines, weights), task, directory / "model.onnx")
+    weights = round_weights(graph, plan, affines, 63)
+    return to_unchecked_onnx(convert(graph, plan, affines, weights), task, directory / "model.onnx")
 
 
 def optimized_operators(model: OnnxModel, directory: Path) -> Counter[str]:

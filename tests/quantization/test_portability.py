@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.export import to_unchecked_onnx
-from compressor.quantization.conversion import converted
+from compressor.export.to_onnx import to_unchecked_onnx
+from compressor.onnx_files.runtime import open_session
+from compressor.quantization.conversion import convert
 from compressor.quantization.targets import TARGETS, TargetName
-from compressor.runtime import open_session
 from tests.quantization.rounded import rounded, task_of
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
@@ -41,7 +41,7 @@ def largest_difference(target: TargetName, directory: Path) -> float:
             parameter.copy_(parameter.sign() * parameter.abs().max())
     images = torch.rand(16, 3, 8, 8).round()
     made = rounded(network, images, limit=TARGETS[target].weight_limit)
-    graph = converted(made.graph, made.plan, made.affines, made.weights)
+    graph = convert(made.graph, made.plan, made.affines, made.weights)
     model = to_unchecked_onnx(graph, task_of(images), directory / "model.onnx")
     np.save(directory / "inputs.npy", images.numpy())
     (directory / "run.py").write_text(RUN)

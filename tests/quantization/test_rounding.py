@@ -7,16 +7,16 @@ import torch
 from rounded import Rounded, rounded
 from torch import Tensor, nn
 
-from compressor.onnx_operators import along
+from compressor.export.operators import stretch
 from compressor.quantization.layerwise import Layer
-from compressor.quantization.rounding import learned_rounding
-from models import SequenceNetwork, SignalNetwork
+from compressor.quantization.rounding import learn_rounding
+from example_models import SequenceNetwork, SignalNetwork
 from networks import GroupedNetwork, PlainNetwork
 
 
 def learned(iterations: int, limit: int = 63, seed: int = 0) -> partial[Layer]:
     generator = torch.Generator().manual_seed(seed)
-    return partial(learned_rounding, limit=limit, generator=generator, iterations=iterations)
+    return partial(learn_rounding, limit=limit, generator=generator, iterations=iterations)
 
 
 def single_layer(*, clipped: bool) -> Rounded:
@@ -71,7 +71,7 @@ def test_outputs_come_nearer_to_the_float_ones_on_other_images(network, images, 
         codes = layer.codes.codes
         assert codes.dtype == torch.int8
         assert codes.abs().max() <= 7
-        ratio = layer.weight / along(layer.codes.scale, codes.ndim, layer.codes.channel_axis)
+        ratio = layer.weight / stretch(layer.codes.scale, codes.ndim, layer.codes.channel_axis)
         assert (codes - ratio).abs().max() < 1 + 1e-4  # one of the two neighbours; the division rounds
         assert codes.shape == layer.weight.shape
 

@@ -3,7 +3,7 @@
 import pytest
 
 from compressor.errors import InputError
-from compressor.quantization.selection import selected
+from compressor.quantization.selection import select_layers
 
 LAYERS = ("stem", "blocks.0.conv1", "blocks.0.add", "blocks.1.conv1", "blocks.10.conv1", "head")
 
@@ -22,9 +22,9 @@ LAYERS = ("stem", "blocks.0.conv1", "blocks.0.add", "blocks.1.conv1", "blocks.10
     ],
 )
 def test_a_name_keeps_its_layer_and_all_below_it(patterns: tuple[str, ...], names: tuple[str, ...]) -> None:
-    assert selected(LAYERS, patterns) == names
+    assert select_layers(LAYERS, patterns) == names
 
 
 def test_a_name_of_no_layer_is_refused_with_the_closest_one() -> None:
     with pytest.raises(InputError, match=r"'blocks\.0\.conv2' names none; did you mean 'blocks\.0\.conv1'\?.*stem"):
-        selected(LAYERS, ("head", "blocks.0.conv2"))
+        select_layers(LAYERS, ("head", "blocks.0.conv2"))

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compressor import Samples, Task
-from compressor.parity import relative_error
+from compressor.export.parity import relative_error
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.codes import Range, WeightCodes
-from compressor.quantization.conversion import affine_of, converted, rounded_weights
-from compressor.quantization.graph import copied, float_graph, folded
-from compressor.quantization.plan import Plan, plan_int8
-from compressor.quantization.simulation import followed, followed_ranges, rounded, rounded_weight, simulated
-from models import SeparableNetwork, SequenceNetwork, SignalNetwork
+from compressor.quantization.conversion import affine_of, convert, round_weights
+from compressor.quantization.float_graph import copy_graph, float_graph, fold_batch_norms
+from compressor.quantization.int8_plan import Plan, plan_int8
+from compressor.quantization.simulation import follow_and_round, read_ranges, round_to_codes, round_weight, simulate
+from example_models import SeparableNetwork, SequenceNetwork, SignalNetwork
 from networks import (
     ConcatenatedNetwork,
     ConvNextNetwork,
@@ -96,7 +96,7 @@ def planned(network: type[nn.Module]) -> Trained:
 
 
 def live(of: Trained) -> GraphModule:
-    return copy.deepcopy(simulated(of.graph, of.plan, of.ranges, LIMIT, live=True)).train()
+    return copy.deepcopy(simulate(of.graph, of.plan, of.ranges, LIMIT, live=True)).train()
 
 
 def train(simulation: GraphModule, images: Tensor, steps: int = 10) -> None:
@@ -112,18 +112,18 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     before = planned(request.param)
     simulation = live(before)
     train(simulation, before.images)
-    return Trained(before.images, copied(before.graph, simulation), before.plan, followed_ranges(simulation))
+    return Trained(before.images, copy_graph(before.graph, simulation), before.plan, read_ranges(simulation))
 
 
 def int8(trained: Trained) -> tuple[GraphModule, Plan, Mapping[str, WeightCodes]]:
-    graph, plan = plan_int8(folded(trained.graph))
-    return graph, plan, rounded_weights(graph, plan, affine_of(plan, trained.ranges), LIMIT)
+    graph, plan = plan_int8(fold_batch_norms(trained.graph))
+    return graph, plan, round_weights(graph, plan, affine_of(plan, trained.ranges), LIMIT)
 
 
 def test_frozen_simulation_gives_what_the_int8_graph_gives(trained: Trained) -> None:
     graph, plan, weights = int8(trained)
-    result = converted(graph, plan, affine_of(plan, trained.ranges), weights)
-    simulation = simulated(trained.graph, trained.plan, trained.ranges, LIMIT, live=False).eval()
+    result = convert(graph, plan, affine_of(plan, trained.ranges), weights)
+    simulation = simulate(trained.graph, trained.plan, trained.ranges, LIMIT, live=False).eval()
     with torch.no_grad():
         found, wanted, floats = (module(trained.images) for module in (simulation, result, trained.graph))
     # The file's biases are whole numbers, and sums in another order now and then round to the neighbouring code.
@@ -134,7 +134,7 @@ def test_frozen_simulation_gives_what_the_int8_graph_gives(trained: Trained) -> 
 def test_codes_of_weights_are_those_that_were_trained(trained: Trained) -> None:
     _, _, weights = int8(trained)
     affines = affine_of(trained.plan, trained.ranges)
-    unfolded = rounded_weights(trained.graph, trained.plan, affines, LIMIT)
+    unfolded = round_weights(trained.graph, trained.plan, affines, LIMIT)
     for found, wanted in zip(weights.values(), unfolded.values(), strict=True):
         assert torch.equal(found.codes.abs(), wanted.codes.abs())  # a factor of BatchNorm may be negative
 
@@ -156,11 +156,11 @@ def test_every_parameter_learns_under_its_own_name(trained: Trained) -> None:
 def test_activations_round_and_learn_as_torch_fakes_it() -> None:
     x = torch.linspace(-4, 4, 1001, requires_grad=True)
     scale, zero_point = torch.tensor(0.0123), torch.tensor(100, dtype=torch.int32)
-    rounded(x, scale, zero_point).square().sum().backward()
+    round_to_codes(x, scale, zero_point).square().sum().backward()
     found, x.grad = x.grad, None
     fake = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
     fake.square().sum().backward()
-    torch.testing.assert_close(rounded(x, scale, zero_point), fake, rtol=1e-6, atol=0)
+    torch.testing.assert_close(round_to_codes(x, scale, zero_point), fake, rtol=1e-6, atol=0)
     torch.testing.assert_close(found, x.grad, rtol=1e-6, atol=0)
     assert (found == 0).any()  # some were clipped
 
@@ -168,14 +168,14 @@ def test_activations_round_and_learn_as_torch_fakes_it() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_weights_round_and_learn_as_torch_fakes_it(axis: int) -> None:
     weight = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    rounded_weight(weight, axis, LIMIT).square().sum().backward()
+    round_weight(weight, axis, LIMIT).square().sum().backward()
     found, weight.grad = weight.grad, None
     scale = weight.detach().abs().amax([1 - axis, 2]) / LIMIT
     fake = torch.fake_quantize_per_channel_affine(
         weight, scale, torch.zeros(len(scale), dtype=torch.int32), axis, -LIMIT, LIMIT
     )
     fake.square().sum().backward()
-    torch.testing.assert_close(rounded_weight(weight, axis, LIMIT), fake, rtol=1e-6, atol=0)
+    torch.testing.assert_close(round_weight(weight, axis, LIMIT), fake, rtol=1e-6, atol=0)
     torch.testing.assert_close(found, weight.grad, rtol=1e-6, atol=0)
 
 
@@ -183,25 +183,25 @@ def test_zeros_of_weights_and_whole_channels_of_them_stay_zero() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     weight[:, ::2] = 0
     weight[3] = 0
-    assert torch.equal(rounded_weight(weight, 0, LIMIT)[weight == 0], torch.zeros(20))
+    assert torch.equal(round_weight(weight, 0, LIMIT)[weight == 0], torch.zeros(20))
 
 
 def test_range_moves_a_hundredth_of_the_way_to_that_of_each_batch() -> None:
     low, high = torch.tensor(-1.0), torch.tensor(3.0)
-    followed(torch.tensor([-2.0, 0.0, 4.0]), low, high)
+    follow_and_round(torch.tensor([-2.0, 0.0, 4.0]), low, high)
     torch.testing.assert_close(torch.stack([low, high]), torch.tensor([-1.01, 3.01]))
 
 
 @pytest.mark.parametrize("ends", [(0.5, 2.0), (-2.0, -0.5), (0.0, 0.0)], ids=["above", "below", "nothing"])
 def test_zero_has_a_code_whatever_the_range(ends: tuple[float, float]) -> None:
     x = torch.tensor([*ends, 0.0])
-    assert followed(x, *map(torch.tensor, ends))[2] == 0
+    assert follow_and_round(x, *map(torch.tensor, ends))[2] == 0
 
 
 def test_statistics_of_batch_norm_follow_the_batches_if_live_and_stand_still_if_not() -> None:
     before = planned(PlainNetwork)
     moving, frozen = (
-        copy.deepcopy(simulated(before.graph, before.plan, before.ranges, LIMIT, live=is_live)).train()
+        copy.deepcopy(simulate(before.graph, before.plan, before.ranges, LIMIT, live=is_live)).train()
         for is_live in (True, False)
     )
     module = PlainNetwork().train()
@@ -228,7 +228,7 @@ def test_mixed_precision_rounds_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = simulation(before.images)
         x = torch.rand(100, dtype=torch.bfloat16)
-        codes = rounded(x, torch.tensor(1 / 255), torch.tensor(0.0)) * 255
+        codes = round_to_codes(x, torch.tensor(1 / 255), torch.tensor(0.0)) * 255
     logits.float().square().sum().backward()
     assert codes.dtype == torch.float32
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)  # bfloat16 would be off by up to 0.5

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from compressor import Samples, StageContext, Task, TorchModel
-from compressor.export import to_onnx
-from compressor.parity import relative_error
-from compressor.plugins import Reference
+from compressor.export.parity import relative_error
+from compressor.export.to_onnx import to_onnx
 from compressor.quantization.calibration import calibrate
-from compressor.quantization.conversion import affine_of, converted, rounded_weights
-from compressor.quantization.graph import float_graph, folded
+from compressor.quantization.conversion import affine_of, convert, round_weights
+from compressor.quantization.float_graph import float_graph, fold_batch_norms
+from compressor.quantization.int8_plan import Plan, plan_int8
 from compressor.quantization.kernels import Kernel, kernels, traceable
-from compressor.quantization.plan import Plan, plan_int8
 from compressor.quantization.speed import Choice, index_of_fastest, islands
-from compressor.report.measurements import Latency
-from compressor.stages.quantization.ptq import Int8Ptq
-from tests.models import SequenceNetwork
+from compressor.records.measurements import Latency
+from compressor.references.reference import Reference
+from compressor.stages.int8_ptq import Int8Ptq
+from tests.example_models import SequenceNetwork
 from tests.networks import PlainNetwork, ResidualNetwork
 
 
@@ -41,10 +41,10 @@ def model() -> TorchModel:
 def planned_and_kernels(
     model: TorchModel, task: Task, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Plan, Sequence[Kernel]]:
-    graph, plan = plan_int8(folded(float_graph(model.module, task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(model.module, task)))
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(8), "minmax"))
     path = tmp_path_factory.mktemp("kernels") / "int8.onnx"
-    onnx.save(traceable(converted(graph, plan, affines, rounded_weights(graph, plan, affines, 63)), task), path)
+    onnx.save(traceable(convert(graph, plan, affines, round_weights(graph, plan, affines, 63)), task), path)
     return plan, kernels(path, [task.example_inputs[0][:1].numpy()])
 
 
@@ -87,17 +87,17 @@ def test_fastest_is_taken_and_of_equals_the_one_with_more_int8() -> None:
 
 
 def test_float_operators_between_int8_layers_are_islands(task: Task) -> None:
-    graph, plan = plan_int8(folded(float_graph(SequenceNetwork().eval(), task)))
+    graph, plan = plan_int8(fold_batch_norms(float_graph(SequenceNetwork().eval(), task)))
     expected = ("norm", "transpose", "matmul", "div", "softmax", "matmul:2", "add", "mean")
     assert islands(graph, plan) == expected
 
 
 def test_network_wholly_in_int8_has_no_islands(model: TorchModel, task: Task) -> None:
-    assert islands(*plan_int8(folded(float_graph(model.module, task)))) == ()
+    assert islands(*plan_int8(fold_batch_norms(float_graph(model.module, task)))) == ()
 
 
 def test_relu_whose_codes_end_where_it_clips_is_no_island(task: Task) -> None:
-    assert islands(*plan_int8(folded(float_graph(PlainNetwork().eval(), task)))) == ()
+    assert islands(*plan_int8(fold_batch_norms(float_graph(PlainNetwork().eval(), task)))) == ()
 
 
 def test_choice_says_what_computes_in_float_and_how_fast_that_is() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from example_report import deployment, fidelity, latency, prepared, quality, report, row
 
-from compressor.report.measurements import MetricInfo
-from compressor.report.quantization import Fallback, Histogram, LayerNoise, PutBack, Quantization
-from compressor.report.records import Reached, Report, Row, Verdict
+from compressor.records.int8 import Distribution, Fallback, LayerNoise, PutBack, Quantization
+from compressor.records.measurements import MetricInfo
+from compressor.records.report import Reached, Report, Row, Verdict
 
 VERDICTS = (
     Verdict(metric="size_ratio", limit=">= 2", status="met", message="size_ratio is 5"),
@@ -71,7 +71,7 @@ def _quality(per_class_accuracy: tuple[float, ...]):
 def _quantization(paths: list[str], metric: MetricInfo) -> Quantization:
     """Of layers of which the first makes no noise and the second gives float."""
     counts = tuple(int(1000 * math.exp(-((place - 8) ** 2) / 9)) for place in range(32))
-    histogram = Histogram(low=-1.5, high=6.25, counts=counts, below=0.001, above=0.0125)
+    histogram = Distribution(low=-1.5, high=6.25, counts=counts, below=0.001, above=0.0125)
     layers = tuple(
         LayerNoise(
             layer=path,

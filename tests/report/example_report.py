@@ -1,6 +1,7 @@
 """Reports to judge and to show: a chain of four rows, whose figures a test changes one at a time."""
 
-from compressor.report.measurements import (
+from compressor.records.int8 import Deployment
+from compressor.records.measurements import (
     ClassFall,
     Fidelity,
     Latency,
@@ -10,8 +11,7 @@ from compressor.report.measurements import (
     Quality,
     SampleFall,
 )
-from compressor.report.quantization import Deployment
-from compressor.report.records import Preparation, Report, Row, Verdict
+from compressor.records.report import Preparation, Report, Row, Verdict
 
 ACCURACY = MetricInfo(name="accuracy", unit="%", higher_is_better=True)
 LOSS = MetricInfo(name="loss", unit="nats", higher_is_better=False)

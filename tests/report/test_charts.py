@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.report.charts import (
+from compressor.report.page.charts import (
     NARROWEST,
     Scale,
     front,
@@ -14,7 +14,7 @@ from compressor.report.charts import (
     spanning,
     spans_orders,
     staircase,
-    thinned,
+    thin,
 )
 
 
@@ -177,8 +177,8 @@ def test_numbers_in_a_row_are_written_as_a_range():
 
 
 def test_thinned_items_keep_their_order_and_both_ends():
-    assert thinned(list(range(500)), 5) == [0, 125, 250, 374, 499]
-    assert thinned([1, 2], 5) == [1, 2]
+    assert thin(list(range(500)), 5) == [0, 125, 250, 374, 499]
+    assert thin([1, 2], 5) == [1, 2]
 
 
 def test_path_is_short_and_exact_to_the_hundredth():

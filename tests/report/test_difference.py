@@ -1,8 +1,8 @@
 import pytest
 from example_report import LOSS, chain, classifiers, fidelity, latency, report, row
 
+from compressor.records.report import Report, Verdict
 from compressor.report.difference import differences, to_markdown, to_text
-from compressor.report.records import Report, Verdict
 
 
 def with_settings(**settings) -> Report:

@@ -5,16 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import HostError, Problem
+from compressor.records.report import Verdict
 from compressor.report.github import (
     SUMMARY_BYTES,
     annotation,
     append_summary,
-    fitted,
+    fit_in,
     inert,
     problem_annotation,
     verdict_annotations,
 )
-from compressor.report.records import Verdict
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "::set-env name=X::y", "a\n::error::b", "a\r::error::b", "100 %0A"]
 
@@ -109,12 +109,12 @@ def markdown(*sizes: int) -> str:
 
 def test_a_summary_with_room_is_whole():
     text = markdown(10, 20)
-    assert fitted(text, len(text)) == text
+    assert fit_in(text, len(text)) == text
 
 
 def test_a_summary_without_room_is_cut_at_a_section_and_says_so():
     text = markdown(10, 20, 30)
-    shown = fitted(text, len(text) - 1)
+    shown = fit_in(text, len(text) - 1)
     assert "Section 0" in shown
     assert "Section 2" not in shown
     assert "x" * 20 + "\n" in shown or "Section 1" not in shown
@@ -124,19 +124,19 @@ def test_a_summary_without_room_is_cut_at_a_section_and_says_so():
 @pytest.mark.parametrize("title", ["", "# Title\n\n", "# Title\n\n## Section\n\n"])
 def test_a_summary_without_room_for_its_first_section_is_cut_at_a_line(title):
     text = title + "- a line\n" * 100
-    shown = fitted(text, 500)
+    shown = fit_in(text, 500)
     assert shown.startswith(f"{title}- a line\n")
     assert shown.endswith("- a line\n\n*The rest is left out: the summary of a step holds at most 1 MiB.*\n")
     assert len(shown) > 450
 
 
 def test_a_summary_without_any_room_is_empty():
-    assert fitted(markdown(10), 20) == ""
+    assert fit_in(markdown(10), 20) == ""
 
 
 @given(st.lists(st.text(alphabet="aé\n# ", max_size=60), max_size=6), st.integers(0, 400))
 def test_a_summary_never_takes_more_room_than_there_is(contents, room):
-    assert len(fitted("\n## S\n".join(contents), room).encode()) <= room
+    assert len(fit_in("\n## S\n".join(contents), room).encode()) <= room
 
 
 def test_summaries_of_one_step_stay_below_1_mib_together(tmp_path):

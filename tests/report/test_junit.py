@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.records.report import Verdict
 from compressor.report.junit import to_junit
-from compressor.report.records import Verdict
 
 
 def verdict(status: str = "met", level: str = "error", metric: str = "size_bytes", message: str = "too large"):

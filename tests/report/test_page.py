@@ -15,12 +15,12 @@ from example_page import everything
 from example_report import ACCURACY, chain, report, row
 
 from compressor.report.json import read_report
-from compressor.report.page import to_html
+from compressor.report.page.html import to_html
 from compressor.report.remarks import headline, remarks
 from compressor.report.reproduction import command
 
 ROOT = Path(__file__).parents[2]
-STYLE = (ROOT / "compressor/report/templates/page.css").read_text()
+STYLE = (ROOT / "compressor/report/page/templates/page.css").read_text()
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'`{{ 7 * 7 }}</style></title></svg>&lt;b&gt;\x1b[31m\u202e"
 
 

@@ -17,9 +17,9 @@ import pytest
 from example_page import everything
 from example_report import latency, report, row
 
+from compressor.records.measurements import MetricInfo
 from compressor.report.json import read_report
-from compressor.report.measurements import MetricInfo
-from compressor.report.page import to_html
+from compressor.report.page.html import to_html
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")

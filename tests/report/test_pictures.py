@@ -2,7 +2,7 @@ import pytest
 from example_page import everything
 from example_report import ACCURACY, LOSS, latency, quality, report, row
 
-from compressor.report.pictures import class_picture, loss_pictures, tradeoff_picture
+from compressor.report.page.pictures import class_picture, loss_pictures, tradeoff_picture
 
 
 def front_of(*rows, metric=ACCURACY):

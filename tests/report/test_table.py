@@ -1,11 +1,11 @@
 import pytest
 from example_report import ACCURACY, BASELINE, LOSS, chain, latency, report, row
 
-from compressor.report.figures import change, milliseconds, printable, size, speed, times, value
-from compressor.report.measurements import MetricInfo
-from compressor.report.records import Verdict
+from compressor.records.measurements import MetricInfo
+from compressor.records.report import Verdict
 from compressor.report.remarks import headline, remarks, timing
 from compressor.report.table import to_table
+from compressor.text.figures import change, milliseconds, printable, size, speed, times, value
 
 
 @pytest.mark.parametrize(

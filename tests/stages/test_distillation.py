@@ -11,24 +11,24 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from compressor import Samples, Task
-from compressor.artifact import TorchModel
-from compressor.config import load
+from compressor.config.pipeline_file import load
+from compressor.distillation.losses import Losses
+from compressor.distillation.panel import Panel
 from compressor.errors import ConfigError, InputError
-from compressor.knowledge.losses import Losses
-from compressor.knowledge.panel import Panel
-from compressor.pipeline import run
-from compressor.plugins import Reference
-from compressor.sampling import TrainingBatch
+from compressor.models.artifact import TorchModel
+from compressor.references.reference import Reference
+from compressor.run.pipeline import run
 from compressor.stage import StageContext
-from compressor.stages.distillation.mutual import MutualLearning, MutualObjective, Peers
-from compressor.stages.distillation.stage import Distillation
-from compressor.training import Optimizer
+from compressor.stages.distillation import Distillation
+from compressor.stages.mutual_learning import MutualLearning, MutualObjective, Peers
+from compressor.training.fit import Optimizer
+from compressor.training.sampling import TrainingBatch
 
 CPU = torch.device("cpu")
 PLAIN = Reference(factory="networks:PlainNetwork")
 RESIDUAL = Reference(factory="networks:ResidualNetwork")
 STACKED = Reference(factory="networks:StackedNetwork")
-SEQUENCE = Reference(factory="models:SequenceNetwork")
+SEQUENCE = Reference(factory="example_models:SequenceNetwork")
 TIED = Reference(factory="networks:TiedNetwork")
 SGD = Optimizer(name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0, schedule="constant", warmup=0.0)
 
@@ -186,7 +186,7 @@ def save_members(directory: Path) -> tuple[list[TorchModel], Reference]:
         part.mkdir()
         member.save(part)
         named.append({"factory": member.factory.factory, "weights_file": str(part / "model.safetensors")})
-    return members, Reference(factory="compressor.ensemble:ensemble", members=named, weights=[3.0, 1.0])
+    return members, Reference(factory="compressor:ensemble", members=named, weights=[3.0, 1.0])
 
 
 @pytest.mark.parametrize("combine", ["mean_probability", "mean_logit", "separate"])
@@ -342,8 +342,8 @@ def test_model_that_enters_learns_on_from_another_teacher(apply):
 
 @pytest.mark.parametrize("combine", ["mean_logit", "mean_probability"])
 def test_ensemble_teaches_as_it_answers_unless_told_otherwise(combine, apply):
-    members = [{"factory": "networks:TiedNetwork"}, {"factory": "models:SequenceNetwork"}]
-    teacher = Reference(factory="compressor.ensemble:ensemble", members=members, combine=combine)
+    members = [{"factory": "networks:TiedNetwork"}, {"factory": "example_models:SequenceNetwork"}]
+    teacher = Reference(factory="compressor:ensemble", members=members, combine=combine)
     losses = Losses.model_validate({"kd": {}})
     settings = {"student": PLAIN, "teacher": teacher, "losses": losses, "epochs": 1}
     silent, told = (apply(Distillation(**settings, combine=how), built(PLAIN)).epochs for how in (None, combine))
@@ -437,7 +437,7 @@ def test_mutual_learning_makes_the_baseline_of_an_untrained_model_and_training_m
         pytest.param("student: {factory: taught:seven_classes}", r"\(2, 10\), got \(2, 7\)", id="student"),
         pytest.param("teacher: {factory: taught:seven_classes}", r"\(2, 10\), got \(2, 7\)", id="teacher"),
         pytest.param(
-            "teacher: {factory: compressor.ensemble:ensemble, members: [{factory: taught:seven_classes}]}",
+            "teacher: {factory: compressor:ensemble, members: [{factory: taught:seven_classes}]}",
             r"\(2, 10\), got \(2, 7\)",
             id="ensemble",
         ),

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from compressor import OnnxModel, StageContext, Task, TorchModel
 from compressor.errors import InputError
-from compressor.export import to_onnx
-from compressor.plugins import Reference
+from compressor.export.to_onnx import to_onnx
+from compressor.references.reference import Reference
 from compressor.stages.onnx_export import OnnxExport
 from tests.networks import PlainNetwork
 

@@ -5,19 +5,19 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compressor.artifact import TorchModel
 from compressor.errors import InputError, StageError
-from compressor.export import to_onnx
-from compressor.onnx_facts import read_facts
-from compressor.plugins import Reference
+from compressor.export.to_onnx import to_onnx
+from compressor.models.artifact import TorchModel
+from compressor.onnx_files.facts import read_facts
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.distillation.stage import Distillation
-from compressor.stages.pruning.weights import WeightPruning, prunable_weights
-from compressor.stages.quantization.ptq import Int8Ptq
+from compressor.stages.distillation import Distillation
+from compressor.stages.int8_ptq import Int8Ptq
 from compressor.stages.training import Training
+from compressor.stages.weight_pruning import WeightPruning, prunable_weights
 from compressor.task import evaluate
 from compressor.testing import check_stage
-from models import SeparableNetwork, SequenceNetwork, SignalNetwork
+from example_models import SeparableNetwork, SequenceNetwork, SignalNetwork
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, TiedNetwork
 
 PLAIN = Reference(factory="networks:PlainNetwork")

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from compressor import Samples, Task
-from compressor.artifact import TorchModel
-from compressor.plugins import Reference
+from compressor.models.artifact import TorchModel
+from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.stages.pruning.weights import WeightPruning
+from compressor.stages.weight_pruning import WeightPruning
 
 TOKENS = torch.arange(14).view(2, 7)
 

@@ -1,0 +1,1 @@
+"""The `compress` command: what it takes, does and prints."""

@@ -1,0 +1,1 @@
+"""From a YAML file to typed settings; every problem is found at once, with its file, line and column."""

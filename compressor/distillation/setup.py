@@ -1,0 +1,79 @@
+"""What a student needs before its first step, and what must hold by then."""
+
+from compressor.distillation.learner import layer_pairs, learner
+from compressor.distillation.losses import Losses
+from compressor.errors import InputError
+from compressor.models.artifact import TorchModel
+from compressor.system.processes import launched
+from compressor.task import Task, batches
+from compressor.training.sampling import TrainingData, draws
+
+
+def check_fit(
+    student: TorchModel,
+    teacher: TorchModel,
+    task: Task,
+    losses: Losses,
+    *,
+    unlabeled_share: float | None,
+    batch_size: int,
+) -> None:
+    """Raise InputError for what would stop a student before its first step, or let it learn nothing."""
+    check_outputs(student, teacher, task, losses)
+    pairs = layer_pairs(losses, student.module, teacher.module)
+    learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=0)
+    drawn = draws(training_data(task, losses, seed=0, unlabeled_share=unlabeled_share), batch_size, launched)
+    between = [name for name, loss in losses.named.items() if loss.compares_samples]
+    if between and (drawn.labeled + drawn.unlabeled) // launched < 2:
+        msg = f"batch_size must give each process 2 samples, for {', '.join(between)} compare them, got {batch_size}"
+        raise InputError(msg)
+
+
+def check_outputs(student: TorchModel, teacher: TorchModel, task: Task, losses: Losses) -> None:
+    """Raise InputError unless both models give outputs of one shape that every loss of responses can compare."""
+    batch = next(batches(task.train, 2))
+    ours, theirs = (model.predict(batch.inputs) for model in (student, teacher))
+    found, wanted = tuple(ours.shape), tuple(theirs.shape)
+    if found != wanted:
+        msg = f"student and teacher must give outputs of one shape, got {found} and {wanted}"
+        raise InputError(msg)
+    of_classes = [name for name, loss in losses.of_responses.items() if loss.compares_classes]
+    if of_classes and (len(found) < 2 or found[1] < 2):
+        msg = (
+            f"{', '.join(of_classes)} must compare outputs (N, classes, …) of at least 2 classes, got {found}: one "
+            "class always has probability 1; use logit_mse"
+        )
+        raise InputError(msg)
+    for name, loss in losses.of_responses.items():
+        try:
+            loss.compare(ours, theirs, batch.targets, 1.0)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            given = f"outputs {found}, targets {batch.targets.dtype} {tuple(batch.targets.shape)}"
+            msg = f"{name} must be able to compare {given} of the train split, but: {error}"
+            raise InputError(msg) from error
+
+
+def training_data(
+    task: Task, losses: Losses, *, seed: int, unlabeled_share: float | None, views: int | None = None
+) -> TrainingData:
+    """What a student with `losses` learns from: `task.train` and, if a loss needs no label, `task.unlabeled`.
+
+    Raises InputError for a share of unlabeled samples where the task has none or every loss needs labels.
+    """
+    needing = [name for name, loss in losses.named.items() if loss.needs_targets]
+    learns = len(needing) < len(losses.named)
+    if unlabeled_share and task.unlabeled is None:
+        msg = f"unlabeled_share is {unlabeled_share}, so the task must have an unlabeled split, but it has none"
+        raise InputError(msg)
+    if unlabeled_share and not learns:
+        msg = f"unlabeled_share is {unlabeled_share}, but {', '.join(needing)} need labels; add a loss such as kd"
+        raise InputError(msg)
+    share = 0.0 if task.unlabeled is None or not learns else 0.5 if unlabeled_share is None else unlabeled_share
+    return TrainingData(
+        task.train,
+        task.unlabeled if share else None,
+        unlabeled_share=share,
+        augmentation=task.augmentation,
+        seed=seed,
+        views=views,
+    )

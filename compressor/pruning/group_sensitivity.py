@@ -1,0 +1,204 @@
+"""How much each group matters: measured by cutting it alone, and turned into a share that each group may lose."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from compressor.errors import StageError
+from compressor.models.artifact import TorchModel
+from compressor.pruning.allocation import by_ratios, multiples_of
+from compressor.pruning.criteria import Criterion, Scores, scores
+from compressor.pruning.groups import Group, without
+from compressor.records.measurements import MetricInfo
+from compressor.records.sensitivity_curves import GroupCurve, SensitivityCurves
+from compressor.system.processes import gather_objects, processes
+from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, gather, spread
+
+_LEAST_SLOPE = 1e-6
+"""What losing a whole group costs at least, as a part of the largest fall measured: where cutting costs nothing that
+can be seen, groups lose equal shares."""
+_BISECTIONS = 100
+
+
+def measure_sensitivity(
+    model: TorchModel,
+    groups: Sequence[Group],
+    task: Task,
+    *,
+    criterion: Criterion,
+    grid: Sequence[float],
+    samples: int,
+    device: torch.device,
+    log: Callable[[str], None],
+) -> SensitivityCurves:
+    """Evaluate the first metric of `task` with each group alone cut by each ratio of `grid`, nothing trained again.
+
+    At most `samples` of the validation split are used, evenly spaced, and kept in memory. `grid` rises within (0, 1).
+    Under torchrun the processes share the groups.
+
+    Raises StageError for a value that is not finite, and what `scores` raises.
+    """
+    metric = task.metrics[0]
+    batches = _validation_batches(task, samples, device)
+    found = scores(criterion, model.module, groups, task)
+
+    def evaluated(module: nn.Module, what: str) -> float:
+        return _finite(_value(module.to(device), batches, metric), metric, what)
+
+    value = evaluated(copy.deepcopy(model.module).eval(), "the uncut model")
+    team = processes(device)
+    own = groups[team.process_index :: team.num_processes]
+    curves = {}
+    hidden = None if team.is_main_process else True  # None: shown on a terminal only
+    with tqdm(own, disable=hidden, leave=False, unit="group") as bar:
+        for done, group in enumerate(bar, start=1):
+            curves[group.path] = _curve(model.module, group, found, grid, uncut=value, evaluated=evaluated)
+            if bar.disable and done * 4 // len(own) > (done - 1) * 4 // len(own):
+                log(f"{done * len(groups) // len(own)} of {len(groups)} groups measured")
+    every = {path: curve for part in gather_objects(curves) for path, curve in part.items()}
+    return SensitivityCurves(
+        model=model.digest,
+        criterion=criterion,
+        metric=_info(metric),
+        samples=sum(len(batch.targets) for batch in batches),
+        ratios=tuple(grid),
+        value=value,
+        groups={group.path: every[group.path] for group in groups},
+    )
+
+
+def flat_sensitivity(
+    model: TorchModel, groups: Sequence[Group], task: Task, *, criterion: Criterion, grid: Sequence[float]
+) -> SensitivityCurves:
+    """A sensitivity as `measure_sensitivity` gives it, in which no group matters: for rehearsals."""
+    flat = (0.0,) * len(grid)
+    return SensitivityCurves(
+        model=model.digest,
+        criterion=criterion,
+        metric=_info(task.metrics[0]),
+        samples=1,
+        ratios=tuple(grid),
+        value=0.0,
+        groups={group.path: GroupCurve(channels=_channels(group), values=flat) for group in groups},
+    )
+
+
+def check_sensitivity(model: TorchModel, groups: Sequence[Group], *, criterion: Criterion) -> SensitivityCurves:
+    """Return the sensitivity that `model` carries.
+
+    Raises StageError if it has none, or one of another model, criterion or of other groups; it names what differs.
+    """
+    found = model.sensitivity
+    if found is None:
+        msg = (
+            "allocation: sensitivity needs a model whose sensitivity was measured, but this one has none; add "
+            "`- stage: sensitivity` directly before the pruning"
+        )
+        raise StageError(msg)
+    faults = []
+    if found.model != model.digest:
+        faults.append("it was measured on another model")
+    if found.criterion != criterion:
+        faults.append(f"its criterion is {found.criterion}, not {criterion}")
+    theirs = {path: curve.channels for path, curve in found.groups.items()}
+    ours = {group.path: _channels(group) for group in groups}
+    if other := [path for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)]:
+        faults.append(f"its groups differ in {', '.join(other)}")
+    if faults:
+        msg = (
+            f"the sensitivity must be that of the model and the groups to be pruned, but {'; '.join(faults)}; give "
+            "`- stage: sensitivity` the same criterion and protect, and put it directly before the pruning"
+        )
+        raise StageError(msg)
+    return found
+
+
+def ratios_by_sensitivity(
+    sensitivity: SensitivityCurves, groups: Sequence[Group], *, pruning_ratio: float
+) -> Mapping[str, float]:
+    """Share of its units that each group loses, by path, so that a share `pruning_ratio` of all channels leaves.
+
+    Every group loses as much as costs one common fall of the metric, read off its own curve between the ratios that
+    were measured; a curve that rises again counts as level, and the last unit of a group stays. A larger
+    `pruning_ratio` gives no group a smaller share. One that would leave less than a unit in each gives all but that.
+    """
+    curves = _costs(sensitivity, groups)
+    ratios = np.array([0.0, *sensitivity.ratios, 1.0])
+    most = np.array([1 - 1 / group.units for group in groups])
+    channels = np.array([_channels(group) for group in groups])
+
+    def at(cost: float) -> NDArray[np.float64]:
+        shares: NDArray[np.float64] = np.minimum([np.interp(cost, curve, ratios) for curve in curves], most)
+        return shares
+
+    low, high = 0.0, 1 + _LEAST_SLOPE
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        enough = (at(middle) * channels).sum() >= pruning_ratio * channels.sum()
+        low, high = (low, middle) if enough else (middle, high)
+    return {group.path: float(ratio) for group, ratio in zip(groups, at(high), strict=True)}
+
+
+def _costs(sensitivity: SensitivityCurves, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
+    """Falls at 0, at each ratio and at 1, as parts of the largest of all, which is what a whole group costs; rising."""
+    slope = _LEAST_SLOPE * np.array([0.0, *sensitivity.ratios, 1.0])
+    falls = [np.maximum.accumulate(np.maximum(sensitivity.falls(group.path), 0)) for group in groups]
+    worst = max(fall[-1] for fall in falls) or 1.0
+    return [np.array([0.0, *(fall / worst), 1.0]) + slope for fall in falls]
+
+
+def _curve(
+    module: nn.Module,
+    group: Group,
+    found: Scores,
+    grid: Sequence[float],
+    *,
+    uncut: float,
+    evaluated: Callable[[nn.Module, str], float],
+) -> GroupCurve:
+    """Cut the group physically: that is what pruning will do, also where a normalization averages, and runs faster."""
+    removed: tuple[int, ...] = ()
+    value, values = uncut, []
+    for ratio in grid:
+        plan = by_ratios({group.path: ratio}, [group], found, step_of=multiples_of(1))
+        if plan[group.path] != removed:  # else a small group loses no further unit
+            removed = plan[group.path]
+            value = evaluated(
+                without(module, [group], plan), f"{group.path} cut by {ratio:g}; leave that out of the grid"
+            )
+        values.append(value)
+    return GroupCurve(channels=_channels(group), values=tuple(values))
+
+
+def _validation_batches(task: Task, samples: int, device: torch.device) -> tuple[Batch, ...]:
+    # decoded once, as they are evaluated hundreds of times
+    rows = spread(task.validation, samples)
+    starts = range(0, len(rows), EVALUATION_BATCH)
+    return tuple(gather(task.validation, rows[start : start + EVALUATION_BATCH]).to(device) for start in starts)
+
+
+def _value(module: nn.Module, batches: Sequence[Batch], metric: Metric) -> float:
+    with torch.no_grad():
+        pairs = [(module(*batch.inputs).cpu(), batch.targets.cpu()) for batch in batches]
+    return evaluate_outputs([metric], pairs)[metric.name]
+
+
+def _finite(value: float, metric: Metric, what: str) -> float:
+    if not math.isfinite(value):
+        msg = f"{metric.name} on validation must be a finite number, got {value} for {what}"
+        raise StageError(msg)
+    return float(value)
+
+
+def _info(metric: Metric) -> MetricInfo:
+    return MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
+
+
+def _channels(group: Group) -> int:
+    return group.units * group.channels_per_unit

@@ -1,0 +1,1 @@
+"""From a name in a pipeline file to the object it names."""

@@ -1,0 +1,1 @@
+"""A pipeline carried out: what each step computes, what the store holds, what is reported."""

@@ -1,0 +1,189 @@
+"""What a run will do: one content key per step, over everything that changes its model, and what the store holds."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.config.chain import PlannedStage, find_stage
+from compressor.config.installed_stages import stage_names
+from compressor.config.pipeline_file import Pipeline
+from compressor.errors import ConfigError, Problem
+from compressor.records.environment import versions
+from compressor.references.reference import Reference, is_path, source_files
+from compressor.run.store import Store, content_key, differences
+from compressor.stage import Stage
+from compressor.task import Samples, Task, fingerprint
+
+BASELINE = "baseline"
+"""Name of the step that gives a model which comes with its weights."""
+LAST_RUN = "last_run"
+_SENSITIVITY = "sensitivity"
+_PRUNING = "magnitude_pruning"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model to obtain: by a stage from the model before it or, without a stage, from the model's factory."""
+
+    name: str
+    stage: Stage[Any, Any] | None
+    key: str
+    parts: Mapping[str, Any]
+    """What the key is a hash of."""
+
+    @property
+    def gives_model(self) -> bool:
+        """Whether another model leaves than entered."""
+        return self.stage is None or not self.stage.keeps_model
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Whether a run would take a step from the store; `reasons` says why not."""
+
+    name: str
+    reused: bool
+    reasons: tuple[str, ...]
+
+
+def forecast(pipeline: Pipeline, store: Store, *, device: str) -> tuple[Forecast, ...]:
+    """Say for each step whether a run would reuse it, if the data is what the last run in this directory saw.
+
+    Neither the user's code nor data is touched: the last run noted the fingerprints of its data.
+    """
+    last = store.recall(LAST_RUN)
+    if last is None:
+        return tuple(
+            Forecast(step.name, False, ("no earlier run",)) for step in steps(pipeline, data={}, device=device)
+        )
+    forecasts = []
+    for position, step in enumerate(steps(pipeline, data=last["data"], device=device)):
+        if store.peek(step.key) is not None:
+            forecasts.append(Forecast(step.name, True, ()))
+        elif position < len(last["parts"]):
+            reasons = differences(last["parts"][position], step.parts)
+            forecasts.append(Forecast(step.name, False, reasons or ("its result is not in the store",)))
+        else:
+            forecasts.append(Forecast(step.name, False, ("not in the last run",)))
+    return tuple(forecasts)
+
+
+def up_to_sensitivity(pipeline: Pipeline, *, stage: int | None = None) -> Pipeline:
+    """Return `pipeline` up to the stage that measures sensitivity; all its steps have the keys they have in a full run.
+
+    That is the first such stage or, if there is none, one put before the first pruning, whose criterion and protected
+    layers it takes over. `stage`, counted from 0, chooses another one of either kind.
+
+    Raises ConfigError if there is no such stage.
+    """
+    measures, prunes = (find_stage(name, stage_names()) for name in (_SENSITIVITY, _PRUNING))
+    stages = pipeline.stages
+    known = [position for position, one in enumerate(stages) if isinstance(one.stage, measures | prunes)]
+    if stage is None and known:
+        stage = min(known, key=lambda position: not isinstance(stages[position].stage, measures))
+    if stage is None or stage not in known:
+        listed = ", ".join(f"{position} ({stages[position].name})" for position in known) or "none"
+        asked = "" if stage is None else f"; asked for {stage}"
+        msg = f"sensitivity is measured at a stage {_SENSITIVITY} or {_PRUNING}, of which there are: {listed}{asked}"
+        raise ConfigError([Problem(msg)])
+    last = stage
+    while last > 0 and stages[last - 1].stage.keeps_model and not isinstance(stages[last].stage, measures):
+        last -= 1
+    if isinstance(stages[last].stage, measures):
+        return replace(pipeline, stages=stages[: last + 1])
+    settings = stages[stage].stage.model_dump_json(include={"criterion", "protect"})
+    added = PlannedStage(_SENSITIVITY, measures.model_validate_json(settings))
+    return replace(pipeline, stages=(*stages[:stage], added))
+
+
+def remember(store: Store, data: Mapping[str, str], chain: Sequence[Step]) -> None:
+    """Note what a run is about to do, for the forecast of the next."""
+    store.remember(LAST_RUN, {"data": dict(data), "parts": [dict(step.parts) for step in chain]})
+
+
+def data_fingerprints(task: Task) -> dict[str, str]:
+    """Fingerprint of each split by name, and of what else the task says in data."""
+    axes = [{str(axis): name for axis, name in axes.items()} for axes in task.dynamic_axes or ()]
+    said = {"labels": list(task.labels), "preprocessing": dict(task.preprocessing), "dynamic_axes": axes}
+    examples = Samples(task.example_inputs, torch.zeros(len(task.example_inputs[0])))
+    return {
+        **task.fingerprints,
+        "example_inputs": fingerprint(examples),
+        "description": content_key(said),
+    }
+
+
+def steps(pipeline: Pipeline, *, data: Mapping[str, str], device: str) -> tuple[Step, ...]:
+    """List the steps of a pipeline in order; the first gives the baseline.
+
+    `data` are the fingerprints of the splits: they stand for the directories that the task reads. User code is hashed
+    from its files and never imported.
+    """
+    shared = {
+        "seed": pipeline.seed,
+        "device": device,
+        "libraries": versions(),
+        "task": _reference_parts(pipeline.task, directories=False),
+        "data": dict(data),
+    }
+    before: dict[str, Any] = {"model": _reference_parts(pipeline.model)}
+    chain: list[Step] = []
+    if not pipeline.stages[0].stage.makes_baseline:
+        parts = {"stage": BASELINE, **before, **shared}
+        chain.append(Step(BASELINE, None, content_key(parts), parts))
+    for planned in pipeline.stages:
+        if chain:
+            before = {"input": chain[-1].key}
+        parts = {"stage": planned.name, **_stage_parts(planned.name, planned.stage), **before, **shared}
+        chain.append(Step(planned.name, planned.stage, content_key(parts), parts))
+    return tuple(chain)
+
+
+def _stage_parts(name: str, stage: Stage[Any, Any]) -> dict[str, Any]:
+    target = name if ":" in name else stage_names()[name]
+    return {"version": type(stage).version, "settings": _settings(stage), "code": _code(target)}
+
+
+def _settings(stage: Stage[Any, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = _content(stage.model_dump(mode="json"), directories=True)
+    return settings
+
+
+def _content(value: Any, *, directories: bool) -> Any:
+    """Copy a setting with each reference in it, however deep, replaced by its parts."""
+    if isinstance(value, Mapping):
+        if "factory" in value:
+            return _reference_parts(Reference.model_validate(value), directories=directories)
+        return {name: _content(part, directories=directories) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(part, directories=directories) for part in value]
+    return value
+
+
+def _reference_parts(reference: Reference, *, directories: bool = True) -> dict[str, Any]:
+    paths = {name: path for name, path in reference.arguments.items() if is_path(name) and isinstance(path, Path)}
+    others = {name: value for name, value in reference.arguments.items() if name not in paths}
+    return {
+        "factory": reference.factory,
+        "arguments": _content(others, directories=directories),
+        "code": _code(reference.factory),
+        "files": {name: _tree_hash(path) for name, path in paths.items() if directories or path.is_file()},
+    }
+
+
+def _code(name: str) -> str:
+    return content_key({"files": [_file_hash(file) for file in source_files(name)]})
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tree_hash(path: Path) -> dict[str, str]:
+    files: Iterator[Path] = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter([path])
+    return {str(file.relative_to(path.parent)): _file_hash(file) for file in sorted(files)}

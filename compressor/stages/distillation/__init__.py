@@ -1,1 +1,0 @@
-"""Students learn from teachers, from their peers and from themselves."""

@@ -1,0 +1,201 @@
+"""Channels, heads and hidden units are removed, and the model recovers by distillation from the baseline."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Literal, Self, final
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from compressor.distillation.recovery import Recovery, check_recovery, recover
+from compressor.models.artifact import TorchModel
+from compressor.models.edits import structural_edits
+from compressor.pruning.allocation import (
+    Allocation,
+    Counts,
+    StepOf,
+    by_ratios,
+    first,
+    multiples_of,
+    multiples_that_fit,
+    plan,
+)
+from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
+from compressor.pruning.conv1d import with_linears
+from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
+from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
+from compressor.pruning.group_sensitivity import check_sensitivity, ratios_by_sensitivity
+from compressor.pruning.groups import Plan
+from compressor.pruning.schedule import Schedule, division, ramp
+from compressor.pruning.staircase import measure_step
+from compressor.stage import Stage, StageContext
+from compressor.system.processes import broadcast, processes
+from compressor.task import Task
+
+_QUANTITIES: tuple[Quantity, ...] = ("parameters", "macs", "size_bytes", "latency_ratio")
+
+
+@final
+class MagnitudePruning(Stage[TorchModel, TorchModel]):
+    """Remove the channels, heads and hidden units that matter least, each with all that depends on it, then recover.
+
+    How many is said by one of `pruning_ratio`, `parameters`, `macs`, `size_bytes` and `latency_ratio`.
+    """
+
+    pruning_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the channels that leave; parameters fall to about the square of what stays."""
+    parameters: int | None = Field(default=None, gt=0)
+    """At most so many stay."""
+    macs: int | None = Field(default=None, gt=0)
+    """At most so many multiply-accumulates for one sample stay. Not a measure of speed."""
+    size_bytes: int | None = Field(default=None, gt=0)
+    """At most so large is the model, as float32 in ONNX."""
+    latency_ratio: float | None = Field(default=None, gt=1)
+    """At least so many times as fast as the baseline, measured under ONNX Runtime on this machine."""
+    criterion: Criterion = "l2"
+    allocation: Allocation | Literal["sensitivity"] = "uniform"
+    """`sensitivity`: every group loses as much as costs one common fall on validation, as `- stage: sensitivity`, which
+    must come directly before, has measured it."""
+    round_to: int | None = Field(default=None, gt=0)
+    """Channels are kept in multiples of this, because kernels run whole vectors. Unless given, it is the step in which
+    time grows with channels on this machine, or half as much and so on in layers with less than two such steps."""
+    protect: tuple[str, ...] = ()
+    """Paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`."""
+    schedule: Schedule | None = None
+    """With `recovery`: prune in steps, with an epoch of it after each but the last; all at once unless given."""
+    recovery: Recovery | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        names = ("pruning_ratio", *_QUANTITIES)
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            msg = f"give one of {', '.join(names)}, got {' and '.join(given) or 'none'}"
+            raise ValueError(msg)
+        if self.schedule is not None:
+            if self.recovery is None:
+                msg = "schedule needs a recovery, which trains between its steps"
+                raise ValueError(msg)
+            division(self.recovery.epochs, self.schedule.steps)
+        return self
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the search is for; None with `pruning_ratio`."""
+        asked = {quantity: getattr(self, quantity) for quantity in _QUANTITIES}
+        return next((Goal(quantity, float(value)) for quantity, value in asked.items() if value is not None), None)
+
+    def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
+        """Cut the model at once, and compare it with what recovery asks; with a goal, cut as far as it goes."""
+        model = with_linears(model)
+        cuttable = self._cuttable(model, task)
+        smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
+        if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
+            with measure_of(self.goal.quantity, reference.module, task) as measured:
+                check_unmet(self.goal, measured(model.module))
+                check_reachable(self.goal, measured(smaller.module))
+        rehearsed = _with(model, smaller)
+        check_recovery(rehearsed, reference, self.recovery, task)
+        # what follows meets a model that a goal has cut less
+        return rehearsed if self.goal is None else model
+
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        """Return a smaller model. Raises StageError if it cannot be cut as asked; the message says what can.
+
+        How many units each group loses is decided once, on the model that enters; which ones, again at every step.
+        Under torchrun the main process decides: times and sums may differ between processes.
+        """
+        decides = processes(context.device).is_main_process
+        model = with_linears(model)
+        cuttable = self._cuttable(model, task, log=context.log)
+        courses = broadcast(self._courses(cuttable, task, context) if decides else None)
+        done = 0
+        for counts, epochs in zip(courses, self._epochs, strict=True):
+            if done:
+                cuttable = self._cuttable(model, task)
+            if any(counts.values()):  # rounding may leave a step nothing to do
+                pruned = cuttable.cut(broadcast(cuttable.first(counts) if decides else None))
+                context.log(_describe(model.module, pruned))
+                model = _with(model, pruned)
+            if self.recovery is not None:
+                model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
+                done += epochs
+        return model
+
+    @property
+    def _epochs(self) -> Sequence[int]:
+        """Of recovery, after each step."""
+        epochs = 0 if self.recovery is None else self.recovery.epochs
+        return (epochs,) if self.schedule is None else division(epochs, self.schedule.steps)
+
+    def _courses(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[Counts]:
+        """How many units each group loses at each step."""
+        if self.goal is None:
+            ratio = self.pruning_ratio or 0.0
+            whole = cuttable.choose(ratio)
+            context.reached("pruning_ratio", ratio, cuttable.cut(whole).pruning_ratio)
+        else:
+            with measure_of(self.goal.quantity, context.reference.module, task) as measured:
+                found = reach(
+                    self.goal,
+                    cuttable.module,
+                    plan_of=cuttable.choose,
+                    cut=cuttable.cut,
+                    measured=measured,
+                    log=context.log,
+                )
+            ratio, whole = found.pruning_ratio, found.plan
+            context.reached(self.goal.quantity, self.goal.asked, found.achieved)
+        before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
+        totals = [Counter({path: len(units) for path, units in plan.items()}) for plan in map(cuttable.choose, before)]
+        totals.append(Counter({path: len(units) for path, units in whole.items()}))
+        return [total - last for last, total in pairwise([Counter[str](), *totals])]
+
+    def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
+        groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
+
+        @cache
+        def found() -> Scores:
+            return scores(self.criterion, model.module, groups, task)
+
+        @cache
+        def step_of() -> StepOf:
+            if self.round_to is not None:
+                return multiples_of(self.round_to)
+            step = measure_step()
+            log(f"channels stay multiples of {step}, the step in which time grows with them on this machine")
+            return multiples_that_fit(step)
+
+        def choose(pruning_ratio: float) -> Plan:
+            if self.allocation == "sensitivity":
+                carried = check_sensitivity(model, groups, criterion=self.criterion)
+                shares = ratios_by_sensitivity(carried, groups, pruning_ratio=pruning_ratio)
+                return by_ratios(shares, groups, found(), step_of=step_of())
+            return plan(
+                self.allocation,
+                model.module,
+                groups,
+                found(),
+                comparable=self.criterion in COMPARABLE,
+                pruning_ratio=pruning_ratio,
+                step_of=step_of(),
+            )
+
+        return Cuttable(
+            model.module, task.example_inputs, groups, choose, lambda counts: first(groups, found(), counts)
+        )
+
+
+def _with(model: TorchModel, pruned: Pruned) -> TorchModel:
+    return model.with_module(pruned.module, *structural_edits(model.module, pruned.module))
+
+
+def _describe(module: nn.Module, pruned: Pruned) -> str:
+    had = sum(had for _, had in pruned.channels.values())
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (module, pruned.module)]
+    return (
+        f"removed {pruned.removed} of {had} channels ({pruned.pruning_ratio:.0%}) in groups: {len(pruned.channels)}; "
+        f"parameters {sizes[0]} -> {sizes[1]}"
+    )

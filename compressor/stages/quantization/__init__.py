@@ -1,1 +1,0 @@
-"""Weights and activations become 8-bit integers."""

@@ -1,0 +1,1 @@
+"""The machine: its disk and the processes that share the work."""
