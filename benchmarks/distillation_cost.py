@@ -117,7 +117,7 @@ def epoch_ratios(task: Task, weights_file: Path) -> dict[str, Mapping[str, objec
 
 def context(teacher: TorchModel, work_dir: Path, tick: Callable[[], None]) -> StageContext:
     """A context that calls `tick` at the end of each epoch."""
-    return StageContext(teacher, torch.device("cpu"), 0, work_dir, log=lambda _line: None, record=lambda _means: tick())
+    return StageContext(teacher, torch.device("cpu"), 0, work_dir, lambda _line: None, lambda _finding: tick())
 
 
 def epoch_seconds(train: Callable[[Callable[[], None]], object]) -> float:

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from compressor.models.artifact import Artifact as Artifact
     from compressor.models.artifact import OnnxModel as OnnxModel
     from compressor.models.artifact import TorchModel as TorchModel
+    from compressor.models.attachment import Attachment as Attachment
+    from compressor.models.edits import Edit as Edit
+    from compressor.models.edits import structural_edits as structural_edits
     from compressor.models.ensemble import ensemble as ensemble
+    from compressor.records.findings import Document as Document
+    from compressor.records.findings import EpochLosses as EpochLosses
+    from compressor.records.findings import Finding as Finding
+    from compressor.records.findings import Reached as Reached
+    from compressor.references.reference import Reference as Reference
     from compressor.stage import Stage as Stage
     from compressor.stage import StageContext as StageContext
     from compressor.task import Augmentation as Augmentation
@@ -28,13 +36,20 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Artifact": "models.artifact",
+    "Attachment": "models.attachment",
     "Augmentation": "task",
     "Batch": "task",
+    "Document": "records.findings",
+    "Edit": "models.edits",
+    "EpochLosses": "records.findings",
+    "Finding": "records.findings",
     "Inputs": "task",
     "LabelLoss": "training.fit",
     "Losses": "distillation.losses",
     "Metric": "task",
     "OnnxModel": "models.artifact",
+    "Reached": "records.findings",
+    "Reference": "references.reference",
     "Samples": "task",
     "Stage": "stage",
     "StageContext": "stage",
@@ -46,6 +61,7 @@ _HOMES = {
     "distillation_loss": "distillation.response",
     "ensemble": "models.ensemble",
     "fit": "training.fit",
+    "structural_edits": "models.edits",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # one list, that of the homes

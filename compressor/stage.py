@@ -1,16 +1,19 @@
 """What a stage is: settings, and a function from one model to another."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from compressor.models.artifact import Artifact, TorchModel
-from compressor.records.int8 import Quantization
+from compressor.models.attachment import Attachment
+from compressor.models.trusted import Trusted
+from compressor.records.findings import Finding
+from compressor.references.reference import Reference, find_references
 from compressor.task import Task
 
 In = TypeVar("In", bound=Artifact, contravariant=True)
@@ -23,9 +26,8 @@ class StageContext:
 
     `reference` is the baseline: the default teacher. `work_dir` is a directory for files that the stage's result
     consists of; nothing else the stage writes there is kept. It is empty, except that a stage that was cut off finds
-    again what it left there. `log` takes one line for people. The report shows what `record` is given, the mean of each
-    loss over an epoch, by name, `reached`: the name of a setting, what was asked, what was achieved, and `quantized`:
-    what int8 did to the model.
+    again what it left there. `log` takes one line for people, `report` what the report shows: the losses of an epoch,
+    what a setting reached, what int8 did, a document.
     """
 
     reference: TorchModel
@@ -33,9 +35,7 @@ class StageContext:
     seed: int
     work_dir: Path
     log: Callable[[str], None]
-    record: Callable[[Mapping[str, float]], None] = lambda _means: None
-    reached: Callable[[str, float, float], None] = lambda _name, _asked, _achieved: None
-    quantized: Callable[[Quantization], None] = lambda _found: None
+    report: Callable[[Finding], None] = lambda _finding: None
 
 
 class Stage(BaseModel, ABC, Generic[In, Out]):
@@ -58,6 +58,9 @@ class Stage(BaseModel, ABC, Generic[In, Out]):
     keeps_model: ClassVar[bool] = False
     """Whether the model leaves as it entered, with something added; such a stage has no row in the report."""
 
+    attaches: ClassVar[tuple[type[Attachment], ...]] = ()
+    """What the stage may add to a model."""
+
     def rehearse(self, model: In, reference: TorchModel, task: Task) -> Out | None:  # noqa: ARG002  # as few stages do
         """Do what can be done at once, so that a mistake shows before any time is spent.
 
@@ -69,3 +72,13 @@ class Stage(BaseModel, ABC, Generic[In, Out]):
     @abstractmethod
     def apply(self, model: In, task: Task, context: StageContext) -> Out:
         """Return a new model; `model` is not changed."""
+
+
+def trust(stages: Iterable[Stage[Any, Any]], *references: Reference) -> Trusted:
+    """What loading a stored model may call in a pipeline of `stages` whose file also names `references`."""
+    stages = tuple(stages)
+    return Trusted(
+        references=(*references, *find_references(stages)),
+        modules=frozenset(type(stage).__module__ for stage in stages),
+        attachments=tuple({kind: None for stage in stages for kind in stage.attaches}),
+    )

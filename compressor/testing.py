@@ -1,6 +1,7 @@
 """`check_stage`: the contract that every stage, ours or foreign, must keep."""
 
 import copy
+import json
 import subprocess
 import sys
 import tempfile
@@ -12,23 +13,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.models.artifact import Artifact, TorchModel
-from compressor.stage import Stage, StageContext
+from compressor.models.trusted import Trusted, attachment_name
+from compressor.stage import Stage, StageContext, trust
 from compressor.task import Task
 
 _RELOAD = """
+import json
 import sys
-import torch
 from pathlib import Path
 from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.models.trusted import Trusted
+from compressor.references.reference import Reference, load
 from safetensors.torch import load_file, save_file
-kind, directory = sys.argv[1], Path(sys.argv[2])
-sys.path[:0] = sys.argv[3:]
+directory = Path(sys.argv[1])
+sys.path[:0] = sys.argv[2:]
+said = json.loads((directory / "said.json").read_bytes())
+trusted = Trusted(
+    references=tuple(map(Reference.model_validate, said["references"])),
+    modules=frozenset(said["modules"]),
+    attachments=tuple(map(load, said["attachments"])),
+)
+saved = directory / "model"
+model = TorchModel.load(saved, trusted=trusted) if said["kind"] == "TorchModel" else OnnxModel.load(saved)
 inputs = load_file(directory / "inputs.safetensors")
-model = {"TorchModel": TorchModel, "OnnxModel": OnnxModel}[kind].load(directory / "model")
 outputs = model.predict(tuple(inputs[str(i)] for i in range(len(inputs))))
 save_file({"outputs": outputs}, directory / "outputs.safetensors")
 """
-"""What a fresh process does with a saved artifact."""
+"""What a fresh process does with a saved artifact: it calls what a pipeline file of this stage names, as a run does."""
 
 
 def check_stage(stage: Stage[Any, Any], model: TorchModel, task: Task, *, seed: int = 0) -> None:
@@ -36,7 +47,8 @@ def check_stage(stage: Stage[Any, Any], model: TorchModel, task: Task, *, seed: 
 
     The settings survive JSON; the input model is left as it was; the result is what the annotation of `apply` says,
     gives outputs shaped like the input's, comes out equal a second time, and gives equal outputs after it was saved
-    and loaded in a fresh process. Raises AssertionError naming the promise that is broken.
+    and loaded in a fresh process, which calls no more than a run does. Raises AssertionError naming the promise that is
+    broken.
     """
     loaded = type(stage).model_validate_json(stage.model_dump_json())
     _require(loaded == stage, "settings must survive JSON", f"{loaded!r} is not {stage!r}")
@@ -53,7 +65,8 @@ def check_stage(stage: Stage[Any, Any], model: TorchModel, task: Task, *, seed: 
         wanted = model.predict(task.example_inputs).shape
         _require(outputs.shape == wanted, f"outputs must have the shape {tuple(wanted)}", f"got {tuple(outputs.shape)}")
         _require(torch.equal(outputs, second), "the same seed must give the same model", _distance(outputs, second))
-        reloaded = _reload(results[0], task, Path(name))
+        trusted = trust([stage], model.factory)
+        reloaded = _reload(results[0], task, trusted, Path(name))
         _require(torch.equal(outputs, reloaded), "outputs must be equal after reloading", _distance(outputs, reloaded))
 
 
@@ -63,13 +76,20 @@ def _apply(stage: Stage[Any, Any], model: TorchModel, task: Task, work_dir: Path
     return result
 
 
-def _reload(artifact: Artifact, task: Task, directory: Path) -> Tensor:
+def _reload(artifact: Artifact, task: Task, trusted: Trusted, directory: Path) -> Tensor:
     """Outputs on the example inputs of `artifact`, saved here and loaded by a fresh process."""
     (directory / "model").mkdir()
     artifact.save(directory / "model")
     inputs = {str(position): tensor.contiguous() for position, tensor in enumerate(task.example_inputs)}
     save_file(inputs, directory / "inputs.safetensors")
-    command = [sys.executable, "-c", _RELOAD, type(artifact).__name__, str(directory), *sys.path]
+    said = {
+        "kind": type(artifact).__name__,
+        "references": [reference.model_dump(mode="json") for reference in trusted.references],
+        "modules": sorted(trusted.modules),
+        "attachments": [attachment_name(kind) for kind in trusted.attachments],
+    }
+    (directory / "said.json").write_text(json.dumps(said))
+    command = [sys.executable, "-c", _RELOAD, str(directory), *sys.path]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     _require(finished.returncode == 0, "the result must load in a fresh process", finished.stderr)
     return load_file(directory / "outputs.safetensors")["outputs"]

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from compressor.cli.console import IN_ACTIONS, annotate_problems, complain, for_people, say, tell
-from compressor.cli.options import DEVICE, FILE, JUNIT, MOST_THREADS, OVERRIDES, RUNS, finite, sizes_by_name
+from compressor.cli.options import DEVICE, FILE, JUNIT, MAX_SECONDS, MOST_THREADS, OVERRIDES, RUNS, sizes_by_name
 from compressor.errors import CompressorError, ConfigError, InputError
 from compressor.records.report import Verdict
 from compressor.report.github import InertFormatter
@@ -48,9 +48,19 @@ def compress() -> None:
 @OVERRIDES
 @RUNS
 @DEVICE
+@MAX_SECONDS
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @JUNIT
-def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_json: bool, junit: Path | None) -> int:
+def run(
+    file: Path,
+    overrides: tuple[str, ...],
+    runs: Path,
+    device: str,
+    max_seconds: float,
+    *,
+    as_json: bool,
+    junit: Path | None,
+) -> int:
     """Run a pipeline FILE; stages whose result is stored are not run again.
 
     Ends with the path of the report. Exit codes: 0 done and gates met, 2 pipeline file, 3 gate unmet, 4 gate
@@ -68,7 +78,7 @@ def run(file: Path, overrides: tuple[str, ...], runs: Path, device: str, *, as_j
     with prefer_modules_in(file.parent):
         pipeline = load(file, overrides)
         directory = runs / pipeline.name
-        found = run_pipeline(pipeline, directory, device=torch.device(_device(device)))
+        found = run_pipeline(pipeline, directory, device=torch.device(_device(device)), max_seconds=max_seconds)
     if not _IS_MAIN:
         return 0  # the main process tells; torchrun would end it while it prints
     files = Path(found.rows[-1].model_file).name, "report.html", "report.json"
@@ -200,19 +210,20 @@ def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str,
     """
     import torch
 
+    from compressor.cli.sensitivity_command import up_to_sensitivity
     from compressor.config.pipeline_file import load
+    from compressor.records.sensitivity_curves import FILE_NAME, read_sensitivity
     from compressor.references.reference import prefer_modules_in
-    from compressor.report import sensitivity_map as shown
-    from compressor.run.keys import up_to_sensitivity
-    from compressor.run.pipeline import run_sensitivity
+    from compressor.report.sensitivity_map import documents, to_table
+    from compressor.run.pipeline import prepare
 
     with prefer_modules_in(file.parent):
         pipeline = up_to_sensitivity(load(file, overrides), stage=stage)
         directory = runs / pipeline.name
-        found = run_sensitivity(pipeline, directory, device=torch.device(_device(device)))
+        curves = read_sensitivity(prepare(pipeline, directory, device=torch.device(_device(device))) / FILE_NAME)
     if _IS_MAIN:
-        files = "\n".join(printable(str(directory / f"sensitivity.{suffix}")) for suffix in ("md", "svg"))
-        say(f"{shown.to_table(found)}\n\n{files}")
+        files = "\n".join(printable(str(directory / name)) for name in sorted(documents(curves)))
+        say(f"{to_table(curves)}\n\n{files}")
     return 0
 
 
@@ -248,14 +259,7 @@ def sensitivity(file: Path, overrides: tuple[str, ...], runs: Path, device: str,
     type=click.Path(path_type=Path),
     help="An .npz with one batch: an array for each input of the baseline, by name.",
 )
-@click.option(
-    "--max-seconds",
-    default=20.0,
-    show_default=True,
-    type=click.FloatRange(min=0),
-    callback=finite,
-    help="Most seconds for each file, each batch size and each number of threads.",
-)
+@MAX_SECONDS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
 def bench(

@@ -27,6 +27,24 @@ JUNIT = click.option(
 )
 
 
+def finite(_context: click.Context, _option: click.Parameter, given: float) -> float:
+    """The number, if it is one."""
+    if not math.isfinite(given):
+        msg = f"must be a finite number, got {given}"
+        raise click.BadParameter(msg)
+    return given
+
+
+MAX_SECONDS = click.option(
+    "--max-seconds",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    callback=finite,
+    help="Most seconds that each file is timed, at each batch size and number of threads.",
+)
+
+
 def sizes_by_name(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, int]:
     """Sizes by name, from texts such as `height=224`."""
     sizes = {}
@@ -37,11 +55,3 @@ def sizes_by_name(_context: click.Context, _option: click.Parameter, given: tupl
             raise click.BadParameter(msg)
         sizes[found[1]] = int(found[2])
     return sizes
-
-
-def finite(_context: click.Context, _option: click.Parameter, given: float) -> float:
-    """The number, if it is one."""
-    if not math.isfinite(given):
-        msg = f"must be a finite number, got {given}"
-        raise click.BadParameter(msg)
-    return given

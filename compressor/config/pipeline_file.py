@@ -16,7 +16,7 @@ from compressor.config.installed_stages import stage_names
 from compressor.config.validation import all_problems, join_path, read_mapping, show, validate
 from compressor.config.yaml_source import KeyPath, Node, Place
 from compressor.errors import ConfigError, Problem
-from compressor.references.reference import Reference, call_faults, is_path, prefer_modules_in
+from compressor.references.reference import Reference, call_faults, find_references, is_path, prefer_modules_in
 from compressor.verdicts.gate import Gate
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -40,7 +40,7 @@ class Pipeline:
     @property
     def references(self) -> tuple[Reference, ...]:
         """What the settings of stages name, such as a student."""
-        return tuple(_find_references([planned.stage for planned in self.stages]))
+        return tuple(find_references([planned.stage for planned in self.stages]))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,19 +55,6 @@ class Pipeline:
         }
         relative: dict[str, Any] = _with_relative_paths(settings, self.directory)
         return relative
-
-
-def _find_references(setting: Any) -> Iterator[Reference]:
-    if isinstance(setting, Reference):
-        yield setting
-    elif isinstance(setting, BaseModel):
-        for _, part in setting:
-            yield from _find_references(part)
-    elif isinstance(setting, list | tuple):
-        for part in setting:
-            yield from _find_references(part)
-    elif isinstance(setting, Mapping):
-        yield from _find_references(list(setting.values()))
 
 
 def _check_pipeline_name(name: str) -> str:

@@ -16,6 +16,7 @@ from compressor.distillation.teachers import LiveTeacher, StoredTeacher, Teacher
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import members_of
 from compressor.models.soft_label_file import SoftLabelFile
+from compressor.records.findings import EpochLosses
 from compressor.stage import StageContext
 from compressor.task import Task
 from compressor.training.fit import Optimizer, fit
@@ -63,7 +64,7 @@ def distil(
         seed=context.seed,
         device=context.device,
         log=context.log,
-        record=context.record,
+        record=lambda means: context.report(EpochLosses(means=means)),
         zeros=[f"student.{name}" for name in zeros],
         first_epoch=first_epoch,
     )
@@ -111,7 +112,7 @@ def _teacher(
 ) -> Teacher:
     if not pairs and not losses.of_responses:
         return absent_teacher
-    labels = model.soft_labels
+    labels = model.attachment(SoftLabelFile)
     reason = "" if labels is None else _why_not_stored(labels, losses, pairs, combine)
     if labels is None or reason:
         if reason:

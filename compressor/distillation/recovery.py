@@ -7,6 +7,7 @@ from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine
 from compressor.distillation.setup import check_fit
 from compressor.models.artifact import TorchModel
+from compressor.models.kept_zeros import zeros_of
 from compressor.stage import StageContext
 from compressor.task import Task
 from compressor.training.fit import Optimizer
@@ -54,7 +55,7 @@ def recover(
         epochs=recovery.epochs if epochs is None else epochs,
         batch_size=recovery.batch_size,
         optimizer=recovery.optimizer,
-        zeros=model.zeros,
+        zeros=zeros_of(model),
         first_epoch=first_epoch,
     )
     return model.with_module(recovered)

@@ -1,40 +1,44 @@
 """The models that stages pass on: a PyTorch module that can be rebuilt, or an ONNX file."""
 
+import copy
 import hashlib
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import onnxruntime
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from compressor.errors import InputError, StageError
-from compressor.models import soft_label_file as soft_labels
-from compressor.models.edits import Edit, apply_edits, name_after
-from compressor.models.soft_label_file import SoftLabelFile
-from compressor.models.weights import load_weights
+from compressor.models.attachment import Attachment
+from compressor.models.edits import Edit, apply_edit_in_place, apply_edits
+from compressor.models.module_factory import build_module
+from compressor.models.trusted import Trusted, attachment_name
+from compressor.models.weights import explain_difference, load_weights
 from compressor.onnx_files.reading import external_files, load_graph
 from compressor.onnx_files.runtime import ERRORS, open_session
-from compressor.records.sensitivity_curves import FILE_NAME as SENSITIVITY_FILE
-from compressor.records.sensitivity_curves import SensitivityCurves, read_sensitivity
-from compressor.references.reference import Reference, is_path
+from compressor.references.reference import Reference, is_path, load
 from compressor.task import Inputs
+
+A = TypeVar("A", bound=Attachment)
 
 
 class _Recipe(BaseModel):
-    """How to rebuild the module of a saved `TorchModel`, before its weights are loaded."""
+    """How to rebuild a saved `TorchModel`, weights aside."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     factory: Reference
     edits: tuple[Edit, ...]
-    zeros: Mapping[str, NonNegativeInt] = {}
+    attachments: tuple[str, ...] = ()
+    """Classes as `module:Class`."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +52,8 @@ class TorchModel:
     module: nn.Module
     factory: Reference
     edits: tuple[Edit, ...] = ()
-    soft_labels: SoftLabelFile | None = None
-    """What this very module answered to the training samples; other weights leave it behind."""
-    zeros: Mapping[str, int] = field(default_factory=dict)
-    """By name of a parameter, at least how many of its values are zero: a promise that later stages keep.
-
-    Raises StageError, whenever a model is made, if it is broken.
-    """
-    sensitivity: SensitivityCurves | None = None
-    """How much each group of this very module matters; other weights leave it behind."""
-
-    def __post_init__(self) -> None:
-        parameters = dict(self.module.named_parameters()) if self.zeros else {}
-        for name, promised in self.zeros.items():
-            found = _zeros(parameters[name]) if name in parameters else "no such parameter"
-            if not isinstance(found, int) or found < promised:
-                msg = (
-                    f"{name} must keep its {promised} zeros, got {found}; "
-                    "pass the names in TorchModel.zeros to fit or distil"
-                )
-                raise StageError(msg)
+    attachments: tuple[Attachment, ...] = ()
+    """What stages have added to this very module, at most one of each class."""
 
     @classmethod
     def build(cls, reference: Reference, *, seed: int) -> "TorchModel":
@@ -75,7 +61,7 @@ class TorchModel:
 
         Raises InputError if the factory gives no `nn.Module` or the weights do not fit it.
         """
-        module = _call(reference.without("weights_file"), seed=seed)
+        module = build_module(reference.without("weights_file"), seed=seed)
         weights_file = reference.arguments.get("weights_file")
         if weights_file is not None:
             load_weights(module, weights_file)
@@ -84,29 +70,74 @@ class TorchModel:
     def with_module(self, module: nn.Module, *edits: Edit) -> "TorchModel":
         """Return this model with other weights and, after further `edits`, another structure.
 
-        The new weights must keep the promised `zeros`, which are counted anew in tensors of another shape.
+        Attachments go on if they hold for the new module. Raises StageError if the tensors of `module` are not those
+        that the edits leave, or an attachment's promise is broken.
         """
-        return TorchModel(module.eval(), self.factory, self.edits + edits, zeros=self._zeros_in(module, edits))
+        expected = apply_edits(self.module, edits) if edits else self.module
+        if difference := explain_difference(expected, module.state_dict()):
+            msg = (
+                f"a changed module must have the tensors that the edits given leave, but it has {difference}; name "
+                "changed sizes by structural_edits, and replace submodules by TorchModel.with_submodule"
+            )
+            raise StageError(msg)
+        return self._change(module, edits)
 
-    def _zeros_in(self, module: nn.Module, edits: tuple[Edit, ...]) -> dict[str, int]:
-        promised = {}
-        for name, count in self.zeros.items():
-            if (now := name_after(name, edits)) is not None:
-                weight = module.get_parameter(now)
-                same = weight.shape == self.module.get_parameter(name).shape
-                promised[now] = count if same else _zeros(weight)
-        return promised
+    def with_submodule(
+        self,
+        path: str,
+        factory: Callable[..., nn.Module],
+        arguments: Mapping[str, JsonValue],
+        weights: Mapping[str, Tensor],
+    ) -> "TorchModel":
+        """Return this model with another submodule at `path`: what `factory(**arguments)` gives, holding `weights`.
+
+        `factory` is a function at the top of the stage's own module. It is called again whenever the model is loaded,
+        so `arguments` are JSON values. `weights` is a state dict for the submodule. The other tensors are shared with
+        this model.
+
+        Raises StageError if the weights do not fit, or the factory cannot be named; InputError if `path` is not there,
+        or the call fails.
+        """
+        edit = Edit(path=path, replacement=_name_call(factory, arguments))
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
+        apply_edit_in_place(module, edit)
+        submodule = module.get_submodule(path)
+        if difference := explain_difference(submodule, weights):
+            msg = f"weights for {path!r} must be those of what {factory.__name__} gives, but they have {difference}"
+            raise StageError(msg)
+        submodule.load_state_dict(dict(weights))
+        return self._change(module, (edit,))
+
+    def _change(self, module: nn.Module, edits: tuple[Edit, ...]) -> "TorchModel":
+        carried = (attachment.carry_over(self.module, module, edits) for attachment in self.attachments)
+        kept = tuple(attachment for attachment in carried if attachment is not None)
+        return TorchModel(module.eval(), self.factory, self.edits + edits, kept)
+
+    def attachment(self, kind: type[A]) -> A | None:
+        """Return what is attached of this class, or None."""
+        return next((one for one in self.attachments if isinstance(one, kind)), None)
+
+    def with_attachment(self, attachment: Attachment) -> "TorchModel":
+        """Return this model with `attachment`, in the place of another one of its class."""
+        others = tuple(one for one in self.attachments if type(one) is not type(attachment))
+        return replace(self, attachments=(*others, attachment))
 
     @property
     def digest(self) -> str:
         """SHA-256 of what decides the outputs: factory with its arguments, paths aside, edits and every tensor."""
-        factory = Reference.model_validate(_without_arguments(self.factory.model_dump(), is_path))
-        recipe = _Recipe(factory=factory, edits=self.edits)
-        digest = hashlib.sha256(recipe.model_dump_json(exclude={"zeros"}).encode())
+        recipe = _Recipe(factory=self.factory.strip(is_path), edits=self.edits)
+        digest = hashlib.sha256(recipe.model_dump_json(exclude={"attachments"}).encode())
         for name, tensor in self.module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
         return digest.hexdigest()
+
+    def check(self, trusted: Trusted, where: str) -> None:
+        """Raise InputError if loading this model, once saved, would call something that `trusted` does not have."""
+        trusted.check_edits(self.edits, where)
+        for attachment in self.attachments:
+            trusted.attachment(attachment_name(type(attachment)), where)
 
     def predict(self, inputs: Inputs) -> Tensor:
         """Outputs without gradient."""
@@ -115,43 +146,37 @@ class TorchModel:
         return outputs
 
     def save(self, directory: Path) -> None:
-        """Write `model.json`, `model.safetensors` and, if there are any, soft labels and sensitivity into `directory`.
-
-        It must exist.
-        """
-        recipe = _Recipe(factory=self.factory, edits=self.edits, zeros=self.zeros)
+        """Write `model.json`, `model.safetensors` and the attachments into an existing `directory`."""
+        names = tuple(attachment_name(type(attachment)) for attachment in self.attachments)
+        recipe = _Recipe(factory=self.factory, edits=self.edits, attachments=names)
         (directory / "model.json").write_text(recipe.model_dump_json(indent=1))
         save_model(self.module, str(directory / "model.safetensors"))
-        if self.soft_labels is not None:
-            shutil.copyfile(self.soft_labels.path, directory / soft_labels.FILE_NAME)
-        if self.sensitivity is not None:
-            (directory / SENSITIVITY_FILE).write_text(self.sensitivity.model_dump_json(indent=1))
+        for attachment in self.attachments:
+            attachment.save(directory)
 
     @classmethod
-    def load(cls, directory: Path, *, among: Sequence[Reference] | None = None) -> "TorchModel":
+    def load(cls, directory: Path, *, trusted: Trusted | None = None) -> "TorchModel":
         """Rebuild the module from a directory written by `save`, with equal weights.
 
-        A directory that is not trusted could name any callable as its factory. With `among`, it must name one of
-        these, paths aside, and that one is called. Raises InputError if it does not.
+        A directory that is not trusted could name any callable. With `trusted` nothing else is called than what it
+        has; without, whatever the directory names. Raises InputError if it names more, or is damaged.
         """
         try:
             recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
         except ValidationError as error:
             msg = f"{directory / 'model.json'} must describe a saved model, but: {error}"
             raise InputError(msg) from error
-        factory = recipe.factory if among is None else _one_of(among, recipe.factory, directory)
-        module = apply_edits(_call(factory, seed=0), recipe.edits)
+        factory = recipe.factory
+        if trusted is not None:
+            factory = _without_weights(trusted.factory(recipe.factory, directory))
+            trusted.check_edits(recipe.edits, str(directory))
+        kinds = [
+            _import_attachment(name) if trusted is None else trusted.attachment(name, str(directory))
+            for name in recipe.attachments
+        ]
+        module = apply_edits(build_module(factory, seed=0), recipe.edits)
         load_weights(module, directory / "model.safetensors")
-        labels = directory / soft_labels.FILE_NAME
-        curves = directory / SENSITIVITY_FILE
-        return cls(
-            module,
-            factory,
-            recipe.edits,
-            soft_labels=SoftLabelFile.open(labels) if labels.exists() else None,
-            zeros=recipe.zeros,
-            sensitivity=read_sensitivity(curves) if curves.exists() else None,
-        )
+        return cls(module, factory, recipe.edits, tuple(kind.load(directory, module) for kind in kinds))
 
 
 @dataclass(frozen=True)
@@ -198,43 +223,28 @@ class OnnxModel:
 Artifact: TypeAlias = TorchModel | OnnxModel
 
 
-def _one_of(references: Sequence[Reference], wanted: Reference, directory: Path) -> Reference:
-    identity = _without_arguments(wanted.model_dump(), is_path)
-    for reference in references:
-        if _without_arguments(reference.model_dump(), is_path) == identity:
-            return _without_weights(reference)
-    names = ", ".join(sorted({reference.factory for reference in references}))
-    msg = f"the factory of {directory} must be one that the pipeline names ({names}), got {wanted.factory!r}"
-    raise InputError(msg)
-
-
 def _without_weights(reference: Reference) -> Reference:
     """Leave out the weights files, also of references among the arguments: a saved model has weights of its own."""
-    return Reference.model_validate(_without_arguments(reference.model_dump(), lambda name: name == "weights_file"))
+    return reference.strip(lambda name: name == "weights_file")
 
 
-def _without_arguments(value: Any, is_left_out: Callable[[str], bool]) -> Any:
-    """Copy the plain form of a reference without some arguments of it and of the references nested in it."""
-    if isinstance(value, Mapping):
-        return {
-            name: _without_arguments(part, is_left_out)
-            for name, part in value.items()
-            if not ("factory" in value and is_left_out(name))
-        }
-    if isinstance(value, list | tuple):
-        return [_without_arguments(part, is_left_out) for part in value]
-    return value
+def _name_call(factory: Callable[..., nn.Module], arguments: Mapping[str, JsonValue]) -> Reference:
+    """Name a call, so that it can be made again. Raises StageError for a factory without a name, or other arguments."""
+    name = getattr(factory, "__qualname__", repr(factory))
+    if not name.isidentifier():
+        msg = f"a submodule must be built by a function at the top of a module, got {name}"
+        raise StageError(msg)
+    try:
+        json.dumps(dict(arguments), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        msg = f"the arguments of {name} must be JSON values, got {dict(arguments)!r}: {error}"
+        raise StageError(msg) from error
+    return Reference(factory=f"{factory.__module__}:{name}", **arguments)
 
 
-def _call(factory: Reference, *, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = factory.call()
-    if not isinstance(module, nn.Module):
-        msg = f"{factory.factory} must return a torch.nn.Module, got {type(module).__name__}"
+def _import_attachment(name: str) -> type[Attachment]:
+    kind = load(name)
+    if not (isinstance(kind, type) and issubclass(kind, Attachment)):
+        msg = f"{name} must be a subclass of compressor.Attachment, got {type(kind).__name__}"
         raise InputError(msg)
-    return module.eval()
-
-
-def _zeros(tensor: Tensor) -> int:
-    return tensor.numel() - int(tensor.count_nonzero())
+    return kind

@@ -7,14 +7,18 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import nn
 
 from compressor.errors import InputError, StageError
+from compressor.models.module_factory import build_module
+from compressor.references.reference import Reference
 
 
 class Edit(BaseModel):
-    """What a structural change made of one submodule: its class, the children that a stack kept, then sizes by name."""
+    """What a structural change made of one submodule: another one, its class, the children that it kept, its sizes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
+    replacement: Reference | None = None
+    """What builds the submodule that stands in its place now."""
     linear: bool = False
     """Whether a Hugging Face `Conv1D` became an `nn.Linear` with the same weights."""
     children: tuple[str, ...] | None = None
@@ -69,13 +73,18 @@ def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> nn.Module:
     return edited
 
 
-def apply_edit_in_place(module: nn.Module, edit: Edit) -> None:
-    """Change `module` by `edit`; resized tensors hold zeros. Raises InputError if the edit does not fit."""
+def apply_edit_in_place(module: nn.Module, edit: Edit, *, seed: int = 0) -> None:
+    """Change `module` by `edit`; resized tensors hold zeros, a replacement is built from `seed`.
+
+    Raises InputError if the edit does not fit.
+    """
     try:
         submodule = module.get_submodule(edit.path)
     except AttributeError as error:
         msg = f"an edit must name a submodule of {type(module).__name__}, got {edit.path!r}: {error}"
         raise InputError(msg) from error
+    if edit.replacement is not None:
+        submodule = _replace_in_place(module, edit.path, build_module(edit.replacement, seed=seed))
     if edit.linear:
         submodule = _become_linear_in_place(module, edit.path)
     if edit.children is not None:
@@ -101,15 +110,25 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def name_after(name: str, edits: tuple[Edit, ...]) -> str | None:
-    """Name of a parameter after stacks lost children, which are counted anew; None if it went with them."""
+    """Name of a parameter after stacks lost children, which are counted anew; None if it went with its module."""
     for edit in edits:
         prefix = f"{edit.path}." if edit.path else ""
+        if edit.replacement is not None and name.startswith(prefix):
+            return None
         if edit.children is not None and name.startswith(prefix):
             child, _, rest = name.removeprefix(prefix).partition(".")
             if child not in edit.children:
                 return None
             name = f"{prefix}{edit.children.index(child)}.{rest}"
     return name
+
+
+def _replace_in_place(module: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    if not path:
+        msg = "only a submodule can be replaced, not the whole model; name its factory as `model` or `student` instead"
+        raise InputError(msg)
+    module.set_submodule(path, replacement.train(module.get_submodule(path).training))
+    return replacement
 
 
 def _become_linear_in_place(module: nn.Module, path: str) -> nn.Linear:

@@ -3,20 +3,23 @@
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.errors import InputError
+from compressor.models.attachment import Attachment
+from compressor.models.edits import Edit
 
 FILE_NAME = "soft_labels.safetensors"
 
@@ -58,9 +61,10 @@ class Origin(BaseModel):
         }
 
 
+@final
 @dataclass(frozen=True)
-class SoftLabelFile:
-    """An open file of soft labels: a `.safetensors` file whose metadata is its origin.
+class SoftLabelFile(Attachment):
+    """What a model answered to the training samples: an open `.safetensors` file whose metadata is its origin.
 
     Its tensors have the shape (views, samples, members, …). Rows are read as they are asked for, so memory does not
     grow with the file.
@@ -91,6 +95,18 @@ class SoftLabelFile:
             msg = f"{path} must have {wanted} bytes, got {path.stat().st_size}; make the soft labels again"
             raise InputError(msg)
         return cls(path, origin, 8 + length)
+
+    def save(self, directory: Path) -> None:
+        """Copy the file."""
+        shutil.copyfile(self.path, directory / FILE_NAME)
+
+    @classmethod
+    def load(cls, directory: Path, module: nn.Module) -> "SoftLabelFile":  # noqa: ARG003  # the file says whose it is
+        """Open the file in `directory`."""
+        return cls.open(directory / FILE_NAME)
+
+    def carry_over(self, before: nn.Module, after: nn.Module, edits: tuple[Edit, ...]) -> None:
+        """Other weights leave the answers behind."""
 
     @cached_property
     def _maps(self) -> dict[str, np.memmap]:

@@ -31,11 +31,14 @@ def load_weights(module: nn.Module, file: Path) -> None:
     if not isinstance(state, Mapping):
         msg = f"{file} must hold a state dict, a mapping of names to tensors, got {type(state).__name__}"
         raise InputError(msg)
-    _check_names_and_shapes(module, state, file)
+    if difference := explain_difference(module, state):
+        msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has {difference}"
+        raise InputError(msg)
     module.load_state_dict(state, strict=False)
 
 
-def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+def explain_difference(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Say in what names and shapes the tensors of `state` are not those of `module`; empty if they are."""
     wanted = module.state_dict()
     # safetensors stores a tensor that two modules share once, under one of its names
     stored = {tensor.data_ptr() for name, tensor in wanted.items() if name in state}
@@ -47,7 +50,4 @@ def _check_names_and_shapes(module: nn.Module, state: Mapping[str, Tensor], file
         if name in state and state[name].shape != tensor.shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    listed = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in faults.items() if names]
-    if listed:
-        msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has " + "; ".join(listed)
-        raise InputError(msg)
+    return "; ".join(f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in faults.items() if names)

@@ -3,6 +3,9 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
 
 import numpy as np
 import torch
@@ -12,11 +15,13 @@ from tqdm import tqdm
 
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
+from compressor.models.attachment import Attachment
+from compressor.models.edits import Edit
 from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
 from compressor.records.measurements import MetricInfo
-from compressor.records.sensitivity_curves import GroupCurve, SensitivityCurves
+from compressor.records.sensitivity_curves import FILE_NAME, GroupCurve, SensitivityCurves, read_sensitivity
 from compressor.system.processes import gather_objects, processes
 from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, gather, spread
 
@@ -24,6 +29,26 @@ _LEAST_SLOPE = 1e-6
 """What losing a whole group costs at least, as a part of the largest fall measured: where cutting costs nothing that
 can be seen, groups lose equal shares."""
 _BISECTIONS = 100
+
+
+@final
+@dataclass(frozen=True)
+class GroupSensitivity(Attachment):
+    """How much each group of coupled layers of a model matters."""
+
+    curves: SensitivityCurves
+
+    def save(self, directory: Path) -> None:
+        """Write `sensitivity.json`."""
+        (directory / FILE_NAME).write_text(self.curves.model_dump_json(indent=1))
+
+    @classmethod
+    def load(cls, directory: Path, module: nn.Module) -> "GroupSensitivity":  # noqa: ARG003  # the file says whose it is
+        """Read `sensitivity.json`."""
+        return cls(read_sensitivity(directory / FILE_NAME))
+
+    def carry_over(self, before: nn.Module, after: nn.Module, edits: tuple[Edit, ...]) -> None:
+        """Other weights leave the sensitivity behind."""
 
 
 def measure_sensitivity(
@@ -94,13 +119,14 @@ def check_sensitivity(model: TorchModel, groups: Sequence[Group], *, criterion: 
 
     Raises StageError if it has none, or one of another model, criterion or of other groups; it names what differs.
     """
-    found = model.sensitivity
-    if found is None:
+    attached = model.attachment(GroupSensitivity)
+    if attached is None:
         msg = (
             "allocation: sensitivity needs a model whose sensitivity was measured, but this one has none; add "
             "`- stage: sensitivity` directly before the pruning"
         )
         raise StageError(msg)
+    found = attached.curves
     faults = []
     if found.model != model.digest:
         faults.append("it was measured on another model")

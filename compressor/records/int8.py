@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from compressor.records.findings import Finding
 from compressor.records.measurements import MetricInfo, Record
 
 
@@ -86,7 +87,7 @@ class Fallback(Record):
     """Time of the model all in int8 / time of this one: 0.8 means that it is slower by a quarter."""
 
 
-class Quantization(Record):
+class Quantization(Finding):
     """What int8 did to a model, measured on the `validation` split."""
 
     deployment: Deployment

@@ -1,23 +1,18 @@
 """The report of a run, as frozen records that read and write JSON."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt, model_validator
 
+from compressor.records.findings import Reached
 from compressor.records.int8 import Quantization
 from compressor.records.measurements import Fidelity, Latency, LatencySession, Measurement, MetricInfo, Quality, Record
+from compressor.records.step_facts import StepFacts
 
 Level: TypeAlias = Literal["off", "warn", "error"]
 """What comes of a limit that is not met or cannot be decided."""
-
-
-class Reached(Record):
-    """What a setting asked of a stage, in numbers, and what came of it."""
-
-    setting: str
-    asked: float
-    achieved: float
 
 
 class Row(Record):
@@ -97,3 +92,26 @@ class Report(Record):
             msg = "every row must have a value of every metric"
             raise ValueError(msg)
         return self
+
+
+def make_row(
+    facts: StepFacts, *, settings: Mapping[str, Any], key: str, model_file: Path, latency: Latency, reused: bool
+) -> Row:
+    """Put what is known of a step that gave a model, and how fast that model is, into a row."""
+    assert facts.model is not None, facts.stage
+    return Row(
+        stage=facts.stage,
+        settings=settings,
+        key=key,
+        model_file=model_file.as_posix(),
+        measurement=facts.model.measurement,
+        quality=facts.model.quality,
+        fidelity=facts.model.fidelity,
+        latency=latency,
+        seconds=facts.seconds,
+        reused=reused,
+        losses=facts.findings.losses,
+        reached=facts.findings.reached,
+        quantization=facts.findings.quantization,
+        channels=facts.model.channels,
+    )

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -56,6 +56,10 @@ class Reference(BaseModel):
         kept = {name: value for name, value in (self.model_extra or {}).items() if name != argument}
         return Reference(factory=self.factory, **kept)
 
+    def strip(self, is_left_out: Callable[[str], bool]) -> "Reference":
+        """Return this reference without some of its arguments, and of those of references among its arguments."""
+        return Reference.model_validate(_strip(self.model_dump(), is_left_out))
+
     def call(self) -> Any:
         """Import the callable and call it with the arguments.
 
@@ -75,6 +79,33 @@ class Reference(BaseModel):
                 raise InputError(msg) from error
         with _user_code(self.factory, self.factory.partition(":")[0]):
             return called(**self.arguments)
+
+
+def _strip(value: Any, is_left_out: Callable[[str], bool]) -> Any:
+    """Copy the plain form of a reference, or of a part of it, without the arguments that are left out."""
+    if isinstance(value, Mapping):
+        return {
+            name: _strip(part, is_left_out)
+            for name, part in value.items()
+            if not ("factory" in value and is_left_out(name))
+        }
+    if isinstance(value, list | tuple):
+        return [_strip(part, is_left_out) for part in value]
+    return value
+
+
+def find_references(setting: Any) -> Iterator[Reference]:
+    """Every reference in a setting, however deep: in records, lists and mappings."""
+    if isinstance(setting, Reference):
+        yield setting
+    elif isinstance(setting, BaseModel):
+        for _, part in setting:
+            yield from find_references(part)
+    elif isinstance(setting, list | tuple):
+        for part in setting:
+            yield from find_references(part)
+    elif isinstance(setting, Mapping):
+        yield from find_references(list(setting.values()))
 
 
 def is_path(argument: str) -> bool:

@@ -16,6 +16,11 @@ _DARKEST = (165, 15, 21)
 """Red, green and blue of the largest fall; no fall is white."""
 
 
+def documents(curves: SensitivityCurves) -> dict[str, str]:
+    """The table and the picture as files, by name."""
+    return {"sensitivity.svg": to_svg(curves), "sensitivity.md": to_markdown(curves, picture="sensitivity.svg")}
+
+
 def to_table(found: SensitivityCurves) -> str:
     """Heading and aligned table: one row per group, one column per ratio. No final newline."""
     return f"{heading(found)}\n{align(_cells(found))}"

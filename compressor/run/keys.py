@@ -2,16 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor.config.chain import PlannedStage, find_stage
 from compressor.config.installed_stages import stage_names
 from compressor.config.pipeline_file import Pipeline
-from compressor.errors import ConfigError, Problem
 from compressor.records.environment import versions
 from compressor.references.reference import Reference, is_path, source_files
 from compressor.run.store import Store, content_key, differences
@@ -21,8 +19,6 @@ from compressor.task import Samples, Task, fingerprint
 BASELINE = "baseline"
 """Name of the step that gives a model which comes with its weights."""
 LAST_RUN = "last_run"
-_SENSITIVITY = "sensitivity"
-_PRUNING = "magnitude_pruning"
 
 
 @dataclass(frozen=True)
@@ -70,34 +66,6 @@ def forecast(pipeline: Pipeline, store: Store, *, device: str) -> tuple[Forecast
         else:
             forecasts.append(Forecast(step.name, False, ("not in the last run",)))
     return tuple(forecasts)
-
-
-def up_to_sensitivity(pipeline: Pipeline, *, stage: int | None = None) -> Pipeline:
-    """Return `pipeline` up to the stage that measures sensitivity; all its steps have the keys they have in a full run.
-
-    That is the first such stage or, if there is none, one put before the first pruning, whose criterion and protected
-    layers it takes over. `stage`, counted from 0, chooses another one of either kind.
-
-    Raises ConfigError if there is no such stage.
-    """
-    measures, prunes = (find_stage(name, stage_names()) for name in (_SENSITIVITY, _PRUNING))
-    stages = pipeline.stages
-    known = [position for position, one in enumerate(stages) if isinstance(one.stage, measures | prunes)]
-    if stage is None and known:
-        stage = min(known, key=lambda position: not isinstance(stages[position].stage, measures))
-    if stage is None or stage not in known:
-        listed = ", ".join(f"{position} ({stages[position].name})" for position in known) or "none"
-        asked = "" if stage is None else f"; asked for {stage}"
-        msg = f"sensitivity is measured at a stage {_SENSITIVITY} or {_PRUNING}, of which there are: {listed}{asked}"
-        raise ConfigError([Problem(msg)])
-    last = stage
-    while last > 0 and stages[last - 1].stage.keeps_model and not isinstance(stages[last].stage, measures):
-        last -= 1
-    if isinstance(stages[last].stage, measures):
-        return replace(pipeline, stages=stages[: last + 1])
-    settings = stages[stage].stage.model_dump_json(include={"criterion", "protect"})
-    added = PlannedStage(_SENSITIVITY, measures.model_validate_json(settings))
-    return replace(pipeline, stages=(*stages[:stage], added))
 
 
 def remember(store: Store, data: Mapping[str, str], chain: Sequence[Step]) -> None:

@@ -14,11 +14,9 @@ from compressor.measure.latency import time_models
 from compressor.measure.quality import MOST_LISTED_CLASSES
 from compressor.models.artifact import Artifact, OnnxModel, TorchModel
 from compressor.records.environment import environment
-from compressor.records.measurements import Measurement, MetricInfo
-from compressor.records.report import Preparation, Report, Row
-from compressor.records.sensitivity_curves import FILE_NAME, SensitivityCurves, read_sensitivity
+from compressor.records.measurements import MetricInfo
+from compressor.records.report import Preparation, Report, make_row
 from compressor.references.reference import prefer_modules_in, user_errors
-from compressor.report import sensitivity_map
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
 from compressor.report.page.html import to_html
@@ -26,7 +24,7 @@ from compressor.run.keys import Step, data_fingerprints, remember, steps
 from compressor.run.outcome import record_end, record_outcome
 from compressor.run.preflight import check_model, check_reference, check_task
 from compressor.run.step import Obtained, Run, assist, compute
-from compressor.run.store import Entry, Store
+from compressor.run.store import Store
 from compressor.system.disk import host_errors, memory_errors, write_atomically
 from compressor.system.processes import broadcast, processes
 from compressor.verdicts.gate import exit_code, judge
@@ -34,12 +32,14 @@ from compressor.verdicts.gate import exit_code, judge
 logger = logging.getLogger("compressor")
 
 
-def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
+def run(pipeline: Pipeline, directory: Path, *, device: torch.device, max_seconds: float = 20.0) -> Report:
     """Carry out `pipeline` in `directory`, reusing what earlier runs stored there, and report on every model.
 
-    Leaves the delivered model, `report.json`, `report.md`, `report.html` and `outcome.json` in `directory`, and
-    `sensitivity.md` and `sensitivity.svg` if a stage measured that. Raises InputError for user code or data at fault,
-    StageError, HostError, and LockedError while another run holds the directory.
+    Leaves the delivered model, `report.json`, `report.md`, `report.html` and `outcome.json` in `directory`, and the
+    documents that stages wrote. Each model is timed for at most `max_seconds`.
+
+    Raises InputError for user code or data at fault, StageError, HostError, and LockedError while another run holds the
+    directory.
 
     Under torchrun every process calls this and gets the report: the main one runs the pipeline, the others take part in
     the stages that it computes.
@@ -50,9 +50,7 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
         return assisted
     with store.lock(), record_outcome(directory), prefer_modules_in(pipeline.directory), user_errors(), memory_errors():
         obtained, this = _carry_out(pipeline, store, device)
-        for file in _sensitivity_files(obtained)[-1:]:
-            _show_sensitivity(file, directory)
-        report = _report(obtained, this)
+        report = _report(obtained, this, max_seconds)
         _deliver(directory / report.rows[-1].model_file, directory)
         write_atomically(directory / "report.md", to_markdown(report))
         write_atomically(directory / "report.html", to_html(report))
@@ -62,21 +60,21 @@ def run(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Report:
     return report
 
 
-def run_sensitivity(pipeline: Pipeline, directory: Path, *, device: torch.device) -> SensitivityCurves:
-    """Carry out `pipeline`, which ends with a stage that measures sensitivity, as `run` does, and return what it found.
+def prepare(pipeline: Pipeline, directory: Path, *, device: torch.device) -> Path:
+    """Carry out `pipeline` as `run` does, and return where its last model is stored.
 
-    Leaves `sensitivity.md` and `sensitivity.svg` in `directory`; nothing is timed, reported or delivered. Raises what
-    `run` raises, and works under torchrun as it does.
+    Leaves the documents of stages in `directory`; nothing is timed, reported or delivered. Raises what `run` raises,
+    and works under torchrun as it does.
     """
     store = Store(directory)
     if not processes(device).is_main_process:
-        assisted: SensitivityCurves = _assist(pipeline, store, device)
+        assisted: Path = _assist(pipeline, store, device)
         return assisted
     with store.lock(), prefer_modules_in(pipeline.directory), user_errors(), memory_errors():
         obtained, _ = _carry_out(pipeline, store, device)
-        found = _show_sensitivity(_sensitivity_files(obtained)[-1], directory)
-    broadcast(found)
-    return found
+    stored = obtained[-1].entry.directory / "artifact"
+    broadcast(stored)
+    return stored
 
 
 def _assist(pipeline: Pipeline, store: Store, device: torch.device) -> Any:
@@ -90,7 +88,10 @@ def _carry_out(pipeline: Pipeline, store: Store, device: torch.device) -> tuple[
     chain = steps(pipeline, data=data, device=device.type)
     remember(store, data, chain)
     this = Run(pipeline, task, store, device)
-    return _obtain(chain, this), this
+    obtained = _obtain(chain, this)
+    for document in (document for one in obtained for document in one.facts.findings.documents):
+        write_atomically(store.root / document.name, document.text)
+    return obtained, this
 
 
 def _obtain(chain: Sequence[Step], run: Run) -> tuple[Obtained, ...]:
@@ -128,53 +129,15 @@ def _check_models(run: Run) -> None:
             model = entering
 
 
-def _model_file(entry: Entry) -> Path:
-    file: Path = entry.directory / entry.facts["model_file"]
-    if not file.resolve().is_relative_to(entry.directory.resolve()):
-        msg = f"the model file of {entry.directory} must lie in it, got {entry.facts['model_file']!r}"
-        raise InputError(msg)
-    return file
-
-
-def _report(obtained: Sequence[Obtained], run: Run) -> Report:
+def _report(obtained: Sequence[Obtained], run: Run, max_seconds: float) -> Report:
     pipeline, task = run.pipeline, run.task
     of_the_model: list[dict[str, Any]] = [{}] if obtained[0].step.stage is None else []
     settings = dict(zip([one.step.key for one in obtained], of_the_model + pipeline.settings["stages"], strict=True))
     models = [one for one in obtained if one.step.gives_model]
-    files = [_model_file(one.entry) for one in models]
-    logger.info("timing %d models side by side", len(files))
+    logger.info("timing %d models side by side", len(models))
     inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
-    latencies, session = time_models(files, inputs=inputs)
-    rows = tuple(
-        Row(
-            stage=one.step.name,
-            settings=settings[one.step.key],
-            key=one.step.key,
-            model_file=file.relative_to(run.store.root).as_posix(),
-            measurement=Measurement.model_validate(one.entry.facts["measurement"]),
-            quality=one.entry.facts.get("quality"),
-            fidelity=one.entry.facts.get("fidelity"),
-            latency=latency,
-            seconds=one.entry.facts["seconds"],
-            reused=one.reused,
-            losses=one.entry.facts.get("losses", ()),
-            reached=one.entry.facts.get("reached", ()),
-            quantization=one.entry.facts.get("quantization"),
-            channels=one.entry.facts.get("channels", {}),
-        )
-        for one, file, latency in zip(models, files, latencies, strict=True)
-    )
-    preparations = tuple(
-        Preparation(
-            stage=one.step.name,
-            settings=settings[one.step.key],
-            key=one.step.key,
-            seconds=one.entry.facts["seconds"],
-            reused=one.reused,
-        )
-        for one in obtained
-        if not one.step.gives_model
-    )
+    files = [one.model_file for one in models]
+    latencies, session = time_models(files, inputs=inputs, max_seconds=max_seconds)
     report = Report(
         pipeline=pipeline.name,
         settings=pipeline.settings,
@@ -184,8 +147,28 @@ def _report(obtained: Sequence[Obtained], run: Run) -> Report:
             for metric in task.metrics
         ),
         labels=tuple(map(str, task.labels)) if len(task.labels) <= MOST_LISTED_CLASSES else (),
-        rows=rows,
-        preparations=preparations,
+        rows=tuple(
+            make_row(
+                one.facts,
+                settings=settings[one.step.key],
+                key=one.step.key,
+                model_file=one.model_file.relative_to(run.store.root),
+                latency=latency,
+                reused=one.reused,
+            )
+            for one, latency in zip(models, latencies, strict=True)
+        ),
+        preparations=tuple(
+            Preparation(
+                stage=one.step.name,
+                settings=settings[one.step.key],
+                key=one.step.key,
+                seconds=one.facts.seconds,
+                reused=one.reused,
+            )
+            for one in obtained
+            if not one.step.gives_model
+        ),
         latency_session=session,
         environment={
             **environment(),
@@ -196,19 +179,6 @@ def _report(obtained: Sequence[Obtained], run: Run) -> Report:
         verdicts=(),
     )
     return report if pipeline.gate is None else report.model_copy(update={"verdicts": judge(pipeline.gate, report)})
-
-
-def _sensitivity_files(obtained: Sequence[Obtained]) -> list[Path]:
-    files = [one.entry.directory / "artifact" / FILE_NAME for one in obtained]
-    return [file for file in files if file.exists()]
-
-
-def _show_sensitivity(file: Path, directory: Path) -> SensitivityCurves:
-    """Write the table and the picture of a stored sensitivity, and return it."""
-    found = read_sensitivity(file)
-    write_atomically(directory / "sensitivity.svg", sensitivity_map.to_svg(found))
-    write_atomically(directory / "sensitivity.md", sensitivity_map.to_markdown(found, picture="sensitivity.svg"))
-    return found
 
 
 def _deliver(model_file: Path, directory: Path) -> None:

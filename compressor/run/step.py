@@ -4,26 +4,31 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from compressor.config.pipeline_file import Pipeline
-from compressor.errors import StageError
+from compressor.errors import InputError, StageError
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.model import measure
 from compressor.measure.quality import Predictions, classification, comparison
 from compressor.models.artifact import Artifact, OnnxModel, TorchModel
+from compressor.models.kept_zeros import zeros_of
 from compressor.models.layers import output_channels
-from compressor.records.int8 import Quantization
-from compressor.records.report import Reached
+from compressor.models.trusted import Trusted
+from compressor.records.findings import Finding
+from compressor.records.measurements import Fidelity
+from compressor.records.step_facts import ModelFacts, StepFacts, collect_findings
 from compressor.run.keys import Step
 from compressor.run.store import Entry, Store
-from compressor.stage import StageContext
+from compressor.stage import StageContext, trust
 from compressor.system.processes import broadcast, gather_objects
 from compressor.task import Task
 
@@ -42,6 +47,11 @@ class Run:
     store: Store
     device: torch.device
 
+    @property
+    def trusted(self) -> Trusted:
+        """What loading a stored model may call."""
+        return trust((planned.stage for planned in self.pipeline.stages), self.pipeline.model)
+
 
 @dataclass(frozen=True)
 class Obtained:
@@ -50,6 +60,25 @@ class Obtained:
     step: Step
     entry: Entry
     reused: bool
+
+    @cached_property
+    def facts(self) -> StepFacts:
+        """What is known of the step. Raises InputError if the store holds something else."""
+        try:
+            return StepFacts.model_validate(self.entry.facts)
+        except ValidationError as error:
+            msg = f"{self.entry.directory} must hold the facts of a step, but: {error}; remove it"
+            raise InputError(msg) from error
+
+    @property
+    def model_file(self) -> Path:
+        """The ONNX file that was measured. Raises InputError if it does not lie in the entry."""
+        assert self.facts.model is not None, self.step.name
+        file = self.entry.directory / self.facts.model.file
+        if not file.resolve().is_relative_to(self.entry.directory.resolve()):
+            msg = f"the model file of {self.entry.directory} must lie in it, got {self.facts.model.file!r}"
+            raise InputError(msg)
+        return file
 
 
 @dataclass(frozen=True)
@@ -69,35 +98,26 @@ def compute(step: Step, before: Sequence[Obtained], run: Run) -> Entry:
     """
     logger.info("%s: running", step.name)
     work_dir = run.store.workspace(step.key)
+    told: list[Finding] = []
     with run.store.draft() as draft:
         artifact_dir = draft / "artifact"
         artifact_dir.mkdir()
         start = time.perf_counter()
-        epochs: list[Mapping[str, float]] = []
-        reached: dict[str, Reached] = {}
-        quantizations: list[Quantization] = []
-
-        def reach(setting: str, asked: float, achieved: float) -> None:
-            reached[setting] = Reached(setting=setting, asked=asked, achieved=achieved)
-
         order = broadcast(_Order(step, *_inputs(before)))
-        artifact = _apply(order, run, work_dir, record=epochs.append, reached=reach, quantized=quantizations.append)
+        artifact = _apply(order, run, work_dir, report=told.append)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
-        facts: dict[str, Any] = {
-            "stage": step.name,
-            "parts": step.parts,
-            "artifact": type(artifact).__name__,
-            "zeros": _count_promised_zeros(artifact, before),
-            "seconds": seconds,
-            "losses": epochs,
-            "reached": [one.model_dump() for one in reached.values()],
-            "quantization": quantizations[-1].model_dump(mode="json") if quantizations else None,
-        }
-        if step.gives_model:
-            facts |= _measure(artifact, draft, [one.entry for one in before], run)
-            _check_zeros(facts["measurement"], facts["zeros"], step.name)
-        entry = run.store.commit(draft, step.key, facts)
+        facts = StepFacts(
+            stage=step.name,
+            parts=step.parts,
+            artifact=type(artifact).__name__,
+            zeros=_count_promised_zeros(artifact, before),
+            seconds=seconds,
+            findings=collect_findings(told),
+            model=_measure(artifact, draft, [one.entry for one in before], run) if step.gives_model else None,
+        )
+        _check_zeros(facts)
+        entry = run.store.commit(draft, step.key, facts.model_dump(mode="json"))
     run.store.clear_workspaces()
     return entry
 
@@ -122,13 +142,7 @@ def _inputs(before: Sequence[Obtained]) -> tuple[Entry | None, Entry | None]:
 
 
 def _apply(
-    order: _Order,
-    run: Run,
-    work_dir: Path,
-    *,
-    record: Callable[[Mapping[str, float]], None] = lambda _means: None,
-    reached: Callable[[str, float, float], None] = lambda _setting, _asked, _achieved: None,
-    quantized: Callable[[Quantization], None] = lambda _found: None,
+    order: _Order, run: Run, work_dir: Path, *, report: Callable[[Finding], None] = lambda _finding: None
 ) -> Artifact:
     """Give the step the model that the store holds, so that a resumed run computes from the same bytes."""
     step = order.step
@@ -146,8 +160,10 @@ def _apply(
     def log(line: str) -> None:
         logger.info("%s: %s", step.name, line)
 
-    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, record, reached, quantized)
+    context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, report)
     artifact: Artifact = step.stage.apply(model, run.task, context)
+    if isinstance(artifact, TorchModel):
+        artifact.check(run.trusted, f"what {step.name} gives")
     gather_objects(None)  # the main process clears its work directory, from which another one may still be reading
     return artifact
 
@@ -156,51 +172,51 @@ def _load(entry: Entry, run: Run) -> Artifact:
     directory = entry.directory / "artifact"
     if entry.facts["artifact"] == OnnxModel.__name__:
         return OnnxModel.load(directory)
-    return TorchModel.load(directory, among=[run.pipeline.model, *run.pipeline.references])
+    return TorchModel.load(directory, trusted=run.trusted)
 
 
-def _measure(artifact: Artifact, draft: Path, before: Sequence[Entry], run: Run) -> dict[str, Any]:
-    """Facts about the model in its ONNX form, a file of the draft, and the widths of the layers that it came from."""
+def _measure(artifact: Artifact, draft: Path, before: Sequence[Entry], run: Run) -> ModelFacts:
+    """Measure the model in its ONNX form, a file of the draft; the baseline leaves its outputs there as well."""
     if isinstance(artifact, TorchModel):
         onnx = to_onnx(artifact.module, run.task, draft / "model.onnx")
         channels = output_channels(artifact.module, run.task.example_inputs)
     else:
         onnx, channels = OnnxModel.load(draft / "artifact"), {}
     measured = measure(onnx.path, run.task)
-    return {
-        "model_file": str(onnx.path.relative_to(draft)),
-        "measurement": measured.measurement.model_dump(mode="json"),
-        "channels": channels,
-        **_classifier_facts(measured.predictions, before, draft),
-    }
-
-
-def _classifier_facts(predictions: Predictions | None, before: Sequence[Entry], draft: Path) -> dict[str, Any]:
-    """Quality and, after the baseline, fidelity to it; the baseline leaves its outputs in its entry for that."""
-    if predictions is None:
-        return {}
-    facts: dict[str, Any] = {"quality": classification(predictions).model_dump(mode="json")}
-    if not before:
+    predictions = measured.predictions
+    if predictions is not None and not before:
         np.save(draft / _BASELINE_OUTPUTS, predictions.logits)
-    elif (file := before[0].directory / _BASELINE_OUTPUTS).exists():
-        baseline_logits = np.load(file, mmap_mode="r", allow_pickle=False)
-        if baseline_logits.shape == predictions.logits.shape:
-            facts["fidelity"] = comparison(baseline_logits, predictions).model_dump(mode="json")
-    return facts
+    return ModelFacts(
+        file=str(onnx.path.relative_to(draft)),
+        measurement=measured.measurement,
+        channels=channels,
+        quality=None if predictions is None else classification(predictions),
+        fidelity=None if predictions is None or not before else _compare_with_baseline(before[0], predictions),
+    )
+
+
+def _compare_with_baseline(baseline: Entry, predictions: Predictions) -> Fidelity | None:
+    file = baseline.directory / _BASELINE_OUTPUTS
+    if not file.exists():
+        return None
+    baseline_logits = np.load(file, mmap_mode="r", allow_pickle=False)
+    return comparison(baseline_logits, predictions) if baseline_logits.shape == predictions.logits.shape else None
 
 
 def _count_promised_zeros(artifact: Artifact, before: Sequence[Obtained]) -> int:
     """Zeros that the model must have: a file was made from the last module, and none may be lost in it."""
     if isinstance(artifact, TorchModel):
-        return sum(artifact.zeros.values())
-    return before[-1].entry.facts.get("zeros", 0) if before else 0
+        return sum(zeros_of(artifact).values())
+    return before[-1].facts.zeros if before else 0
 
 
-def _check_zeros(measurement: Mapping[str, Any], promised: int, stage: str) -> None:
-    zeros = measurement["parameters"] - measurement["nonzero"]
-    if zeros < promised:
+def _check_zeros(facts: StepFacts) -> None:
+    if facts.model is None:
+        return
+    zeros = facts.model.measurement.parameters - facts.model.measurement.nonzero
+    if zeros < facts.zeros:
         msg = (
-            f"{stage} must keep the {promised} zeros that the model was pruned to, but its ONNX file has {zeros}, "
-            f"{promised - zeros} fewer; prune again after it, or leave it out"
+            f"{facts.stage} must keep the {facts.zeros} zeros that the model was pruned to, but its ONNX file has "
+            f"{zeros}, {facts.zeros - zeros} fewer; prune again after it, or leave it out"
         )
         raise StageError(msg)

@@ -11,6 +11,8 @@ from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine
 from compressor.distillation.setup import check_fit, check_outputs
 from compressor.models.artifact import TorchModel
+from compressor.models.kept_zeros import zeros_of
+from compressor.models.soft_label_file import SoftLabelFile
 from compressor.pruning.students import narrower, reborn, shallower
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
@@ -71,10 +73,10 @@ class Distillation(Stage[TorchModel, TorchModel]):
         losses do not fit the models.
         """
         teacher = model if self.teacher is None else TorchModel.build(self.teacher, seed=context.seed)
-        if self.teacher is not None and model.soft_labels is not None:
+        if self.teacher is not None and model.attachment(SoftLabelFile) is not None:
             context.log("the soft labels of the model that enters are not read: another teacher is named")
         student = self._student(model, task, seed=context.seed)
-        if model.zeros and not student.zeros:
+        if zeros_of(model) and not zeros_of(student):
             context.log("the student is dense: the zeros of the model that enters stay behind with its weights")
         for generation in range(self.generations):
             now = replace(context, seed=context.seed + generation)
@@ -92,7 +94,7 @@ class Distillation(Stage[TorchModel, TorchModel]):
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 optimizer=self.optimizer,
-                zeros=student.zeros,
+                zeros=zeros_of(student),
             )
             student = student.with_module(trained)
         return student

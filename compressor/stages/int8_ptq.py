@@ -150,7 +150,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
             )
             context.log(describe_fallback(fallback, found.found))
             context.log(describe_deployment(found.found))
-        context.quantized(
+        context.report(
             Quantization(deployment=found.found, layers=layers, layer_samples=layer_samples, fallback=fallback)
         )
         return found.onnx

@@ -12,6 +12,7 @@ from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine
 from compressor.distillation.setup import check_fit
 from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.models.kept_zeros import zeros_of
 from compressor.quantization.calibration import LEAST_SAMPLES, calibrate, calibration_samples
 from compressor.quantization.codes import Range
 from compressor.quantization.conversion import affine_of, round_weights
@@ -96,7 +97,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
         int8, rows = Int8Model(graph, plan, affines, weights), spread(task.validation, self.validation_samples)
         exported, found = deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows)
         context.log(describe_deployment(found))
-        context.quantized(Quantization(deployment=found))
+        context.report(Quantization(deployment=found))
         return exported
 
     def _trained(
@@ -141,5 +142,5 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
 
 def _zeros(graph: GraphModule, model: TorchModel) -> list[str]:
     """Names of the parameters of `graph` whose zeros are promised, or that are computed from such parameters."""
-    own = dict(model.module.named_parameters())
-    return [name for name, _ in graph.named_parameters() if model.zeros and (name in model.zeros or name not in own)]
+    own, zeros = dict(model.module.named_parameters()), zeros_of(model)
+    return [name for name, _ in graph.named_parameters() if zeros and (name in zeros or name not in own)]

@@ -30,6 +30,7 @@ from compressor.pruning.group_sensitivity import check_sensitivity, ratios_by_se
 from compressor.pruning.groups import Plan
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.staircase import measure_step
+from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
 from compressor.system.processes import broadcast, processes
 from compressor.task import Task
@@ -135,7 +136,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         if self.goal is None:
             ratio = self.pruning_ratio or 0.0
             whole = cuttable.choose(ratio)
-            context.reached("pruning_ratio", ratio, cuttable.cut(whole).pruning_ratio)
+            achieved = cuttable.cut(whole).pruning_ratio
+            context.report(Reached(setting="pruning_ratio", asked=ratio, achieved=achieved))
         else:
             with measure_of(self.goal.quantity, context.reference.module, task) as measured:
                 found = reach(
@@ -147,7 +149,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
                     log=context.log,
                 )
             ratio, whole = found.pruning_ratio, found.plan
-            context.reached(self.goal.quantity, self.goal.asked, found.achieved)
+            context.report(Reached(setting=self.goal.quantity, asked=self.goal.asked, achieved=found.achieved))
         before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
         totals = [Counter({path: len(units) for path, units in plan.items()}) for plan in map(cuttable.choose, before)]
         totals.append(Counter({path: len(units) for path, units in whole.items()}))

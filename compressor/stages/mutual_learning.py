@@ -12,6 +12,7 @@ from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine, Panel, logit_losses
 from compressor.distillation.setup import check_fit, check_outputs, training_data
 from compressor.models.artifact import TorchModel
+from compressor.records.findings import EpochLosses
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.task import Inputs, Task
@@ -64,7 +65,7 @@ class MutualLearning(Stage[TorchModel, TorchModel]):
             seed=context.seed,
             device=context.device,
             log=context.log,
-            record=context.record,
+            record=lambda means: context.report(EpochLosses(means=means)),
         )
         return students[0].with_module(trained.get_submodule("students.0"))
 

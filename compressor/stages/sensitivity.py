@@ -1,6 +1,5 @@
 """Each group of coupled layers is cut alone, to see how much it matters; a later pruning spares those that do."""
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, ClassVar, final
 
@@ -10,7 +9,9 @@ from compressor.models.artifact import TorchModel
 from compressor.pruning.channels import prunable_groups
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import Criterion
-from compressor.pruning.group_sensitivity import flat_sensitivity, measure_sensitivity
+from compressor.pruning.group_sensitivity import GroupSensitivity, flat_sensitivity, measure_sensitivity
+from compressor.records.findings import Document
+from compressor.report.sensitivity_map import documents
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 
@@ -20,6 +21,7 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
     """Cut one group of channels at a time and evaluate on validation; `allocation: sensitivity` prunes by it."""
 
     keeps_model: ClassVar[bool] = True
+    attaches = (GroupSensitivity,)
 
     grid: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
@@ -45,7 +47,7 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
         model = with_linears(model)
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect)
         flat = flat_sensitivity(model, groups, task, criterion=self.criterion, grid=self.grid)
-        return replace(model, sensitivity=flat)
+        return model.with_attachment(GroupSensitivity(flat))
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return the same model with its sensitivity.
@@ -53,7 +55,7 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
         Raises StageError if the model cannot be pruned, the criterion does not fit it, or the metric is not finite.
         """
         model = with_linears(model)
-        found = measure_sensitivity(
+        curves = measure_sensitivity(
             model,
             prunable_groups(model.module, task.example_inputs, protect=self.protect),
             task,
@@ -63,4 +65,6 @@ class Sensitivity(Stage[TorchModel, TorchModel]):
             device=context.device,
             log=context.log,
         )
-        return replace(model, sensitivity=found)
+        for name, text in documents(curves).items():
+            context.report(Document(name=name, text=text))
+        return model.with_attachment(GroupSensitivity(curves))

@@ -1,6 +1,5 @@
 """The teacher answers once, and every later student reads its answers."""
 
-from dataclasses import replace
 from typing import ClassVar, final
 
 from pydantic import Field
@@ -8,6 +7,7 @@ from pydantic import Field
 from compressor.distillation.answering import answer, check_replayable, data_of, origin_of
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
+from compressor.models.soft_label_file import SoftLabelFile
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 
@@ -20,6 +20,7 @@ class SoftLabels(Stage[TorchModel, TorchModel]):
     """Run the model once over the training and unlabeled samples; later stages learn from its stored answers."""
 
     keeps_model: ClassVar[bool] = True
+    attaches = (SoftLabelFile,)
 
     views: int | None = Field(default=None, gt=0)
     """Augmented views of each sample that are answered; a student sees them in turns, where a live teacher answers
@@ -54,4 +55,4 @@ class SoftLabels(Stage[TorchModel, TorchModel]):
         )
         size = labels.path.stat().st_size
         context.log(f"{origin.samples} samples in {views} {'view' if views == 1 else 'views'}: {size / 1e6:.1f} MB")
-        return replace(model, soft_labels=labels)
+        return model.with_attachment(labels)

@@ -5,6 +5,8 @@ from typing import ClassVar, final
 from pydantic import Field
 
 from compressor.models.artifact import TorchModel
+from compressor.models.kept_zeros import zeros_of
+from compressor.records.findings import EpochLosses
 from compressor.stage import Stage, StageContext
 from compressor.system.processes import launched
 from compressor.task import Task
@@ -39,7 +41,7 @@ class Training(Stage[TorchModel, TorchModel]):
             seed=context.seed,
             device=context.device,
             log=context.log,
-            record=context.record,
-            zeros=model.zeros,
+            record=lambda means: context.report(EpochLosses(means=means)),
+            zeros=zeros_of(model),
         )
         return model.with_module(trained)

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Literal, Self, final
 
 import torch
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from compressor.distillation.recovery import Recovery, check_recovery, recover
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
+from compressor.models.kept_zeros import KeptZeros, count_zeros, zeros_of
 from compressor.models.layers import is_within, paths_matching, shared_parameters
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.zeros import Allocation, pattern_mask, zero_masks
+from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
 from compressor.task import Inputs, Task
 
@@ -30,6 +31,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     The weights are those of all convolutions, linear layers and attention projections, the output layer among them;
     biases, normalization and embeddings stay as they are.
     """
+
+    attaches = (KeptZeros,)
 
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     """Share of the weights that are zero in the end, those that are zero already among them."""
@@ -78,7 +81,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
                 model = recover(model, self.recovery, task, context, epochs=epochs, first_epoch=done)
                 done += epochs
         if self.sparsity is not None:
-            context.reached("sparsity", self.sparsity, _sparsity([model.module.get_parameter(name) for name in layers]))
+            achieved = _sparsity([model.module.get_parameter(name) for name in layers])
+            context.report(Reached(setting="sparsity", asked=self.sparsity, achieved=achieved))
         return model
 
     def _steps(self, module: nn.Module, layers: Mapping[str, int]) -> list[tuple[float | None, int]]:
@@ -112,9 +116,9 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
             f"{len(masks)} tensors are zero, asked {asked}; from {shares[fewest]:.2%} ({fewest}) to "
             f"{shares[most]:.2%} ({most})"
         )
-        zeros = {name: _zeros(weights[name]) for name in masks}
+        zeros = {name: count_zeros(weights[name]) for name in masks}
         smaller = model.with_module(pruned)
-        return replace(smaller, zeros={**smaller.zeros, **zeros})
+        return smaller.with_attachment(KeptZeros.of(pruned, {**zeros_of(smaller), **zeros}))
 
     def _patterns(
         self, weights: Mapping[str, Tensor], layers: Mapping[str, int], log: Callable[[str], None]
@@ -187,9 +191,5 @@ def _refuse(rule: str, found: str, names: list[str]) -> None:
         raise StageError(msg)
 
 
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())
-
-
 def _sparsity(weights: list[Tensor]) -> float:
-    return sum(map(_zeros, weights)) / sum(weight.numel() for weight in weights)
+    return sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)

@@ -68,9 +68,7 @@ def answered(model: TorchModel, task: Task, directory: Path, *, views: int = 1, 
     """`model` with soft labels."""
     directory.mkdir(exist_ok=True)
     made_from = origin_of(model, task, seed=seed, views=views, top_k=None)
-    return replace(
-        model, soft_labels=answer(model, data_of(task, seed=seed), made_from, directory, device=CPU, log=log)
-    )
+    return model.with_attachment(answer(model, data_of(task, seed=seed), made_from, directory, device=CPU, log=log))
 
 
 def learned(student: nn.Module, model: TorchModel, task: Task, **changes) -> torch.Tensor:
@@ -86,7 +84,7 @@ def learned(student: nn.Module, model: TorchModel, task: Task, **changes) -> tor
         "optimizer": Optimizer(name="sgd", learning_rate=0.05),
     }
     trained = distil(student, model, task, context, **{**settings, **changes})
-    assert any("read from soft labels" in line for line in lines) == (model.soft_labels is not None)
+    assert any("read from soft labels" in line for line in lines) == (model.attachment(SoftLabelFile) is not None)
     return torch.cat([parameter.detach().flatten() for parameter in trained.parameters()])
 
 
@@ -146,7 +144,7 @@ def test_members_of_an_ensemble_are_stored_each_and_teach_as_they_do_live(panel,
     with_labels = answered(panel, task, tmp_path, views=4)
     rows = np.array([3, 1200])
     inputs = data_of(task, seed=0).view(data_of(task, seed=0).inputs(rows), rows, 2)
-    said = with_labels.soft_labels.read(rows, 2)["logits"]
+    said = with_labels.attachment(SoftLabelFile).read(rows, 2)["logits"]
     for index, member in enumerate(panel.module.members):
         torch.testing.assert_close(said[:, index], member(*inputs).detach(), rtol=2**-11, atol=1e-5)
     live = learned(student(), panel, task, combine=combine)
@@ -162,7 +160,7 @@ def test_unlabeled_samples_are_answered_behind_the_labeled_ones_and_learned_from
     with_labels = answered(teacher, few, tmp_path, views=12)  # labeled samples are drawn thrice in each of four epochs
     rows = np.array([299, 300, 1256])  # both splits in one view
     inputs = data_of(few, seed=0).view((task.train.inputs[0][rows],), rows, 1)
-    said = with_labels.soft_labels.read(rows, 1)["logits"][:, 0]
+    said = with_labels.attachment(SoftLabelFile).read(rows, 1)["logits"][:, 0]
     torch.testing.assert_close(said, teacher.predict(inputs), rtol=2**-11, atol=1e-5)
     live = learned(student(), teacher, few)
     torch.testing.assert_close(learned(student(), with_labels, few), live, **WITHIN_FLOAT16)
@@ -170,7 +168,7 @@ def test_unlabeled_samples_are_answered_behind_the_labeled_ones_and_learned_from
 
 
 def test_answers_that_are_cut_off_go_on_at_the_shard_and_give_equal_bytes(counting, task, tmp_path):
-    whole = answered(counting, task, tmp_path / "whole", views=4).soft_labels.path.read_bytes()
+    whole = answered(counting, task, tmp_path / "whole", views=4).attachment(SoftLabelFile).path.read_bytes()
     calls = CountingNetwork.calls.copy()
     assert calls == [256, 256, 256, 256, 233] * 4  # one shard for each view
     CountingNetwork.calls.clear()
@@ -184,11 +182,11 @@ def test_answers_that_are_cut_off_go_on_at_the_shard_and_give_equal_bytes(counti
     resumed = answered(counting, task, tmp_path / "cut", views=4, log=lines.append)
     assert lines == ["2 of 4 shards are there from an interrupted run", "view 3/4", "view 4/4"]
     assert CountingNetwork.calls == calls[10:]
-    assert resumed.soft_labels.path.read_bytes() == whole
+    assert resumed.attachment(SoftLabelFile).path.read_bytes() == whole
 
 
 def test_shards_behind_one_that_is_missing_are_computed_again(counting, task, tmp_path):
-    whole = answered(counting, task, tmp_path / "whole", views=4).soft_labels.path.read_bytes()
+    whole = answered(counting, task, tmp_path / "whole", views=4).attachment(SoftLabelFile).path.read_bytes()
     CountingNetwork.calls.clear()
     CountingNetwork.stop_at.append(15)
     with pytest.raises(KeyboardInterrupt):
@@ -199,13 +197,13 @@ def test_shards_behind_one_that_is_missing_are_computed_again(counting, task, tm
     CountingNetwork.calls.clear()
     resumed = answered(counting, task, tmp_path / "cut", views=4)
     assert len(CountingNetwork.calls) == 15
-    assert resumed.soft_labels.path.read_bytes() == whole
+    assert resumed.attachment(SoftLabelFile).path.read_bytes() == whole
     assert not first.exists()
     assert not third.exists()
 
 
 def test_answers_that_were_whole_are_not_computed_again(counting, task, tmp_path):
-    whole = answered(counting, task, tmp_path, views=2).soft_labels.path.read_bytes()
+    whole = answered(counting, task, tmp_path, views=2).attachment(SoftLabelFile).path.read_bytes()
     CountingNetwork.calls.clear()
     again = answered(counting, task, tmp_path, views=2)
     assert CountingNetwork.calls == []
@@ -226,7 +224,7 @@ def test_work_that_another_origin_left_is_not_used(counting, task, tmp_path, sto
     CountingNetwork.calls.clear()
     found = answered(counting, task, tmp_path / "left", views=2, seed=1)
     assert CountingNetwork.calls == calls
-    assert found.soft_labels.path.read_bytes() == fresh.soft_labels.path.read_bytes()
+    assert found.attachment(SoftLabelFile).path.read_bytes() == fresh.attachment(SoftLabelFile).path.read_bytes()
     assert [path.name for path in (tmp_path / "left").iterdir()] == [FILE_NAME]
 
 
@@ -242,7 +240,7 @@ def test_logits_that_float16_cannot_hold_are_refused(counting, task, tmp_path, b
 def test_more_samples_than_a_shard_has_stay_in_their_order(counting, task, tmp_path):
     images = task.train.inputs[0].repeat(4, 1, 1, 1)
     many = replace(task, train=Samples((images,), task.train.targets.repeat(4)), augmentation=None)
-    labels = answered(counting, many, tmp_path).soft_labels
+    labels = answered(counting, many, tmp_path).attachment(SoftLabelFile)
     assert labels.origin.samples == 5028  # 2 shards of 2048 and a rest
     rows = np.array([0, 2047, 2048, 4095, 4096, 5027])
     said = SoftLabelFile.open(labels.path).read(rows, 0)["logits"][:, 0]
@@ -250,14 +248,14 @@ def test_more_samples_than_a_shard_has_stay_in_their_order(counting, task, tmp_p
 
 
 def test_damaged_pieces_of_a_killed_run_are_made_again(teacher, task, tmp_path):
-    whole = answered(teacher, task, tmp_path / "whole", views=2).soft_labels.path.read_bytes()
+    whole = answered(teacher, task, tmp_path / "whole", views=2).attachment(SoftLabelFile).path.read_bytes()
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / FILE_NAME).write_bytes(whole[:-100])
     made_from = origin_of(teacher, task, seed=0, views=2, top_k=None)
     name = hashlib.sha256(made_from.model_dump_json().encode()).hexdigest()[:16]
     (tmp_path / "cut" / "shards" / name).mkdir(parents=True)
     (tmp_path / "cut" / "shards" / name / "000000.logits").write_bytes(bytes(100))
-    assert answered(teacher, task, tmp_path / "cut", views=2).soft_labels.path.read_bytes() == whole
+    assert answered(teacher, task, tmp_path / "cut", views=2).attachment(SoftLabelFile).path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ class Distillation:
         self.lines: list[str] = []
         self.epochs: list[dict[str, float]] = []
         self.models = student, teacher, task
-        self.context = StageContext(teacher, CPU, 0, work_dir, self.lines.append, self.epochs.append)
+        self.context = StageContext(
+            teacher, CPU, 0, work_dir, self.lines.append, lambda told: self.epochs.append(told.means)
+        )
         self.settings = {
             "losses": Losses.model_validate(losses),
             "combine": "mean_probability",

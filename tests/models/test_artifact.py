@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import Edit, apply_edits
+from compressor.models.kept_zeros import KeptZeros, zeros_of
+from compressor.models.trusted import Trusted
 from compressor.pruning.students import narrower
 from compressor.references.reference import Reference
 from networks import PlainNetwork
@@ -122,13 +124,13 @@ def test_stored_model_may_only_name_a_factory_that_is_expected(tmp_path):
     recipe = (tmp_path / "model.json").read_text()
     (tmp_path / "model.json").write_text(recipe.replace("networks:PlainNetwork", "networks:ResidualNetwork"))
     with pytest.raises(InputError, match=r"one that the pipeline names \(networks:PlainNetwork\)"):
-        TorchModel.load(tmp_path, among=[PLAIN])
+        TorchModel.load(tmp_path, trusted=Trusted((PLAIN,)))
 
 
 def test_moved_paths_of_a_factory_are_those_of_the_pipeline(tmp_path):
     reference = Reference(factory="networks:PlainNetwork", weights_file=str(tmp_path / "gone.safetensors"))
     TorchModel.build(PLAIN, seed=0).save(tmp_path)
-    assert TorchModel.load(tmp_path, among=[reference]).factory == PLAIN
+    assert TorchModel.load(tmp_path, trusted=Trusted((reference,))).factory == PLAIN
 
 
 def sparse(reference: Reference = PLAIN, **zeros: int) -> TorchModel:
@@ -138,14 +140,14 @@ def sparse(reference: Reference = PLAIN, **zeros: int) -> TorchModel:
     with torch.no_grad():
         for name, count in promised.items():
             model.module.get_parameter(name).flatten()[:count] = 0
-    return replace(model, zeros=promised)
+    return model.with_attachment(KeptZeros.of(model.module, promised))
 
 
 def test_promised_zeros_survive_saving_and_do_not_change_the_digest(tmp_path):
     model = sparse(fc1=1000)
     model.save(tmp_path)
-    assert TorchModel.load(tmp_path).zeros == {"fc1.weight": 1000}
-    assert model.digest == replace(model, zeros={}).digest
+    assert zeros_of(TorchModel.load(tmp_path)) == {"fc1.weight": 1000}
+    assert model.digest == replace(model, attachments=()).digest
 
 
 def test_a_model_that_lost_promised_zeros_is_refused_with_their_number(tmp_path):
@@ -164,29 +166,29 @@ def test_a_model_that_lost_promised_zeros_is_refused_with_their_number(tmp_path)
 
 def test_a_promise_about_no_parameter_is_refused():
     with pytest.raises(StageError, match=r"fc9\.weight must keep its 1 zeros, got no such parameter"):
-        replace(TorchModel.build(PLAIN, seed=0), zeros={"fc9.weight": 1})
+        KeptZeros.of(TorchModel.build(PLAIN, seed=0).module, {"fc9.weight": 1})
 
 
-def test_a_model_saved_before_there_were_promises_loads(tmp_path):
+def test_a_model_saved_before_there_were_attachments_loads(tmp_path):
     TorchModel.build(PLAIN, seed=0).save(tmp_path)
     recipe = json.loads((tmp_path / "model.json").read_text())
-    del recipe["zeros"]
+    del recipe["attachments"]
     (tmp_path / "model.json").write_text(json.dumps(recipe))
-    assert TorchModel.load(tmp_path).zeros == {}
+    assert zeros_of(TorchModel.load(tmp_path)) == {}
 
 
 def test_zeros_are_counted_anew_in_weights_that_lost_channels(tmp_path, digits_task):
     model = sparse(fc1=1000, conv2=500)
     smaller = narrower(model, digits_task.example_inputs, width=0.5, round_to=2)
-    assert smaller.zeros == {
+    assert zeros_of(smaller) == {
         f"{name}.weight": int((smaller.module.get_submodule(name).weight == 0).sum()) for name in ("fc1", "conv2")
     }
     smaller.save(tmp_path)
-    assert TorchModel.load(tmp_path).zeros == smaller.zeros
+    assert zeros_of(TorchModel.load(tmp_path)) == zeros_of(smaller)
 
 
 def test_promises_follow_the_layers_that_a_stack_keeps():
     model = sparse(Reference(factory="networks:StackedNetwork"), stack1__1__conv=7, stack1__5__conv=11, stem=3)
     fewer = Edit(path="stack1", children=("0", "5"))
     shorter = model.with_module(apply_edits(model.module, (fewer,)), fewer)
-    assert shorter.zeros == {"stack1.1.conv.weight": 11, "stem.weight": 3}
+    assert zeros_of(shorter) == {"stack1.1.conv.weight": 11, "stem.weight": 3}

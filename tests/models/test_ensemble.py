@@ -11,6 +11,7 @@ from compressor.errors import ConfigError, InputError
 from compressor.export.to_onnx import to_onnx
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import Ensemble, combine_logits, ensemble, members_of
+from compressor.models.trusted import Trusted
 from compressor.references.reference import Reference, prefer_modules_in
 from compressor.run.keys import steps
 from compressor.run.pipeline import run
@@ -167,7 +168,7 @@ def test_saved_ensemble_reloads_where_its_weights_files_are_gone(tmp_path, digit
     (tmp_path / "a.safetensors").unlink()
     model.save(tmp_path)
     assert str(tmp_path) not in (tmp_path / "model.json").read_text()
-    for loaded in (TorchModel.load(tmp_path), TorchModel.load(tmp_path, among=[reference])):
+    for loaded in (TorchModel.load(tmp_path), TorchModel.load(tmp_path, trusted=Trusted((reference,)))):
         assert torch.equal(loaded.predict(digits_task.example_inputs), model.predict(digits_task.example_inputs))
 
 
@@ -176,7 +177,7 @@ def test_saved_ensemble_of_other_members_is_refused(tmp_path):
     TorchModel.build(reference, seed=0).save(tmp_path)
     other = Reference(factory="compressor:ensemble", members=[PLAIN, PLAIN])
     with pytest.raises(InputError, match="one that the pipeline names"):
-        TorchModel.load(tmp_path, among=[other])
+        TorchModel.load(tmp_path, trusted=Trusted((other,)))
 
 
 def test_content_key_changes_with_a_members_weights_and_code_and_not_with_their_place(directory, tmp_path_factory):

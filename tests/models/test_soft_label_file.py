@@ -93,7 +93,7 @@ def file_of(path: Path, made_from: object, parts: Mapping, size: int = 60) -> Pa
 
 
 def test_file_is_what_the_safetensors_library_reads_and_says_what_it_was_made_from(model, task):
-    with safe_open(model.soft_labels.path, framework="np") as found:
+    with safe_open(model.attachment(SoftLabelFile).path, framework="np") as found:
         assert list(found.keys()) == ["logits"]
         logits = found.get_tensor("logits")
         said = json.loads(found.metadata()["origin"])
@@ -102,7 +102,9 @@ def test_file_is_what_the_safetensors_library_reads_and_says_what_it_was_made_fr
     assert (said["views"], said["samples"], said["members"], said["answer"]) == (2, len(task.train), 1, [10])
     assert said["teacher"] == model.digest
     rows = np.array([7, 1000, 3])
-    assert np.array_equal(model.soft_labels.read(rows, 1)["logits"].numpy(), logits[1, rows].astype(np.float32))
+    assert np.array_equal(
+        model.attachment(SoftLabelFile).read(rows, 1)["logits"].numpy(), logits[1, rows].astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -111,7 +113,7 @@ def test_rows_are_the_live_logits_of_that_view_rounded_to_float16(model, task, v
     images = task.train.inputs[0][rows]
     data = TrainingData(task.train, augmentation=ROLLED, seed=0)
     live = model.predict(data.view((images,), rows, view))
-    stored = model.soft_labels.read(rows, view)["logits"]
+    stored = model.attachment(SoftLabelFile).read(rows, view)["logits"]
     assert stored.dtype == torch.float32
     # float16's rounding, and float32's in batches of another size
     torch.testing.assert_close(stored[:, 0], live, rtol=LARGEST_ROUNDING, atol=1e-5)
@@ -119,9 +121,9 @@ def test_rows_are_the_live_logits_of_that_view_rounded_to_float16(model, task, v
 
 def test_views_differ_and_the_task_without_augmentation_has_one(model, digits_task, tmp_path):
     rows = np.arange(100)
-    first, second = (model.soft_labels.read(rows, view)["logits"] for view in (0, 1))
+    first, second = (model.attachment(SoftLabelFile).read(rows, view)["logits"] for view in (0, 1))
     assert not torch.equal(first, second)
-    assert labeled(teacher(), digits_task, tmp_path).soft_labels.origin.views == 1
+    assert labeled(teacher(), digits_task, tmp_path).attachment(SoftLabelFile).origin.views == 1
     with pytest.raises(InputError, match="views must be 1 for a task without augmentation, got 3"):
         SoftLabelsStage(views=3).rehearse(teacher(), teacher(), digits_task)
 
@@ -132,7 +134,7 @@ def test_file_by_hand_is_opened(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, -1])
 def test_file_that_is_cut_off_is_an_input_error(model, tmp_path, size):
-    whole = model.soft_labels.path.read_bytes()
+    whole = model.attachment(SoftLabelFile).path.read_bytes()
     (tmp_path / "cut").write_bytes(whole[:size])
     with pytest.raises(InputError, match=r"cut must (be a file of soft labels|have \d+ bytes, got \d+)"):
         SoftLabelFile.open(tmp_path / "cut")
@@ -243,11 +245,11 @@ def test_use_with_another_teacher_or_data_is_refused_before_training_and_says_wh
     seen = change.get("task", lambda same: same)(task)
     asked = origin_of(other, seen, seed=change.get("seed", 0), views=2, top_k=None)
     if differs is None:
-        model.soft_labels.check(asked)
+        model.attachment(SoftLabelFile).check(asked)
         return
     with pytest.raises(InputError, match=rf"differs in {differs}; make it again"):
-        model.soft_labels.check(asked)
-    learned = replace(other, soft_labels=model.soft_labels)
+        model.attachment(SoftLabelFile).check(asked)
+    learned = other.with_attachment(model.attachment(SoftLabelFile))
     at_seed = replace(context(learned, tmp_path), seed=change.get("seed", 0))
     with pytest.raises(InputError, match=rf"differs in {differs}; make it again"):
         learn(learned, seen, at_seed, Losses(kd={}))
@@ -278,20 +280,20 @@ def test_arguments_of_the_factory_are_part_of_the_teacher_and_paths_are_not(tmp_
 
 
 def test_other_weights_leave_the_soft_labels_behind(model):
-    assert model.soft_labels is not None
-    assert model.with_module(model.module).soft_labels is None
+    assert model.attachment(SoftLabelFile) is not None
+    assert model.with_module(model.module).attachment(SoftLabelFile) is None
 
 
 def test_saved_model_keeps_its_soft_labels(model, tmp_path):
     model.save(tmp_path)
     loaded = TorchModel.load(tmp_path)
-    assert loaded.soft_labels.path == tmp_path / FILE_NAME
-    assert loaded.soft_labels.origin == model.soft_labels.origin
-    assert loaded.soft_labels.path.read_bytes() == model.soft_labels.path.read_bytes()
+    assert loaded.attachment(SoftLabelFile).path == tmp_path / FILE_NAME
+    assert loaded.attachment(SoftLabelFile).origin == model.attachment(SoftLabelFile).origin
+    assert loaded.attachment(SoftLabelFile).path.read_bytes() == model.attachment(SoftLabelFile).path.read_bytes()
     assert loaded.digest == model.digest
     (tmp_path / "without").mkdir()
-    replace(loaded, soft_labels=None).save(tmp_path / "without")
-    assert TorchModel.load(tmp_path / "without").soft_labels is None
+    replace(loaded, attachments=()).save(tmp_path / "without")
+    assert TorchModel.load(tmp_path / "without").attachment(SoftLabelFile) is None
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +303,7 @@ def many(digits_task, tmp_path_factory) -> TorchModel:
 
 
 def test_of_very_many_classes_the_most_likely_and_the_rest_together_are_stored(many, digits_task):
-    with safe_open(many.soft_labels.path, framework="np") as found:
+    with safe_open(many.attachment(SoftLabelFile).path, framework="np") as found:
         shapes = {name: found.get_slice(name).get_shape() for name in found.keys()}  # noqa: SIM118  # no mapping
     samples = len(digits_task.train)
     assert shapes == {
@@ -315,7 +317,7 @@ def test_loss_from_stored_top_classes_is_the_divergence_of_those_classes_and_the
     rows = np.arange(100, 140)
     images = digits_task.train.inputs[0][rows]
     batch = TrainingBatch((images,), digits_task.train.targets[rows], None, rows, np.zeros(len(rows), int))
-    (answer,) = StoredTeacher(many.soft_labels)(batch).responses
+    (answer,) = StoredTeacher(many.attachment(SoftLabelFile))(batch).responses
     student_logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(1))
     p = F.softmax(many.predict((images,)).double(), dim=1)
     q = F.softmax(student_logits.double(), dim=1)

@@ -11,6 +11,7 @@ from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.channels import prunable_groups
 from compressor.pruning.criteria import scores
 from compressor.pruning.group_sensitivity import (
+    GroupSensitivity,
     check_sensitivity,
     flat_sensitivity,
     measure_sensitivity,
@@ -183,14 +184,14 @@ def test_progress_is_told_in_a_few_lines(model, groups, digits_task):
 
 
 def test_sensitivity_is_stored_with_the_model_and_left_behind_by_other_weights(found, model, tmp_path):
-    carrying = replace(model, sensitivity=found)
+    carrying = model.with_attachment(GroupSensitivity(found))
     carrying.save(tmp_path)
-    assert TorchModel.load(tmp_path).sensitivity == found
-    assert carrying.with_module(carrying.module).sensitivity is None
+    assert TorchModel.load(tmp_path).attachment(GroupSensitivity) == GroupSensitivity(found)
+    assert carrying.with_module(carrying.module).attachment(GroupSensitivity) is None
 
 
 def test_damaged_sensitivity_is_refused(found, model, tmp_path):
-    replace(model, sensitivity=found).save(tmp_path)
+    model.with_attachment(GroupSensitivity(found)).save(tmp_path)
     file = tmp_path / "sensitivity.json"
     file.write_text(file.read_text().replace('"ratios"', '"rations"'))
     with pytest.raises(InputError, match=r"sensitivity\.json must be a sensitivity(.|\n)*measure it again"):
@@ -198,7 +199,7 @@ def test_damaged_sensitivity_is_refused(found, model, tmp_path):
 
 
 def test_sensitivity_of_this_model_and_criterion_and_these_groups_is_accepted(found, model, groups):
-    assert check_sensitivity(replace(model, sensitivity=found), groups, criterion="l2") is found
+    assert check_sensitivity(model.with_attachment(GroupSensitivity(found)), groups, criterion="l2") is found
 
 
 def test_model_without_sensitivity_is_refused_with_what_to_do(model, groups):
@@ -209,11 +210,11 @@ def test_model_without_sensitivity_is_refused_with_what_to_do(model, groups):
 def test_sensitivity_of_another_model_is_refused(found, groups):
     other = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=1)
     with pytest.raises(StageError, match="but it was measured on another model; give"):
-        check_sensitivity(replace(other, sensitivity=found), groups, criterion="l2")
+        check_sensitivity(other.with_attachment(GroupSensitivity(found)), groups, criterion="l2")
 
 
 def test_sensitivity_by_another_criterion_and_of_other_groups_names_both(found, model, groups):
-    carrying = replace(model, sensitivity=found)
+    carrying = model.with_attachment(GroupSensitivity(found))
     with pytest.raises(StageError, match="its criterion is l2, not taylor; its groups differ in conv1; give"):
         check_sensitivity(carrying, groups[1:], criterion="taylor")
 
@@ -223,12 +224,12 @@ def test_stage_keeps_the_contract_and_the_weights(model, digits_task, tmp_path):
     check_stage(stage, model, digits_task)
     result = stage.apply(model, digits_task, context(model, tmp_path))
     assert result.digest == model.digest
-    assert result.sensitivity.ratios == (0.5,)
+    assert result.attachment(GroupSensitivity).curves.ratios == (0.5,)
 
 
 def test_protected_layers_are_not_cut(model, digits_task, tmp_path):
     result = Sensitivity(grid=(0.5,), samples=50, protect=("fc*",)).apply(model, digits_task, context(model, tmp_path))
-    assert list(result.sensitivity.groups) == ["conv1", "conv2"]
+    assert list(result.attachment(GroupSensitivity).curves.groups) == ["conv1", "conv2"]
 
 
 def test_rehearsal_gives_a_sensitivity_that_a_pruning_accepts(model, groups, digits_task):

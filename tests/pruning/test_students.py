@@ -8,6 +8,7 @@ from torch import nn
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import Edit, apply_edits, structural_edits
+from compressor.models.trusted import Trusted
 from compressor.pruning.students import layers_kept, narrower, reborn, shallower
 from compressor.references.reference import Reference
 from example_models import CifarResNet
@@ -117,7 +118,7 @@ def test_student_made_shallower_narrower_and_shallower_reloads_with_equal_logits
     student = narrower(student, DIGITS, width=0.5)
     student = shallower(student, DIGITS, depth={"stack2": 2})
     student.save(tmp_path)
-    loaded = TorchModel.load(tmp_path, among=[STACKED])
+    loaded = TorchModel.load(tmp_path, trusted=Trusted((STACKED,)))
     assert (len(loaded.module.stack1), len(loaded.module.stack2), loaded.module.stem.out_channels) == (4, 2, 8)
     assert torch.equal(loaded.predict(DIGITS), student.predict(DIGITS))
 

@@ -31,7 +31,7 @@ class Outcome:
 def quantize(stage: Int8Ptq, model: TorchModel, task: Task, work_dir: Path) -> Outcome:
     found: list[Quantization] = []
     said: list[str] = []
-    context = StageContext(model, torch.device("cpu"), 0, work_dir, said.append, quantized=found.append)
+    context = StageContext(model, torch.device("cpu"), 0, work_dir, said.append, found.append)
     int8_model = stage.apply(model, task, context)
     return Outcome(int8_model, found[-1], tuple(said))
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.config.pipeline_file import load
+from compressor.cli.sensitivity_command import up_to_sensitivity
+from compressor.config.pipeline_file import Pipeline, load
 from compressor.errors import ConfigError
-from compressor.records.sensitivity_curves import SensitivityCurves, read_sensitivity
+from compressor.records.sensitivity_curves import FILE_NAME, SensitivityCurves, read_sensitivity
 from compressor.references.reference import prefer_modules_in
-from compressor.run.keys import forecast, up_to_sensitivity
-from compressor.run.pipeline import run, run_sensitivity
+from compressor.run.keys import forecast
+from compressor.run.pipeline import prepare, run
 from compressor.run.store import Store
 
 CODE = """
@@ -67,6 +68,10 @@ def logged(caplog) -> list[str]:
     return lines
 
 
+def measure(pipeline: Pipeline, directory: Path) -> SensitivityCurves:
+    return read_sensitivity(prepare(pipeline, directory, device=CPU) / FILE_NAME)
+
+
 @pytest.fixture
 def told(caplog):
     caplog.set_level(logging.INFO, logger="compressor")
@@ -83,7 +88,7 @@ def measured(tmp_path_factory) -> tuple[Path, SensitivityCurves]:
     """A pipeline with the stage, of which nothing but the sensitivity was asked."""
     directory = tmp_path_factory.mktemp("measured")
     file = write_pipeline(directory, TRAINING, SENSITIVITY, PRUNING)
-    return directory, run_sensitivity(up_to_sensitivity(load(file)), directory / "runs/small", device=CPU)
+    return directory, measure(up_to_sensitivity(load(file)), directory / "runs/small")
 
 
 @pytest.fixture
@@ -122,7 +127,7 @@ def test_run_reuses_what_was_measured_and_shows_it(measured, copy, told):
 
 def test_sensitivity_is_not_measured_twice(measured, copy, told):
     file, directory = copy
-    assert run_sensitivity(up_to_sensitivity(load(file)), directory, device=CPU) == measured[1]
+    assert measure(up_to_sensitivity(load(file)), directory) == measured[1]
     assert logged(told) == ["training: taken from the store", f"{STAGE}: taken from the store"]
 
 
@@ -130,7 +135,7 @@ def test_damaged_sensitivity_in_the_store_is_measured_again(measured, copy, told
     file, directory = copy
     (stored,) = directory.glob("stages/*/artifact/sensitivity.json")
     stored.write_text("{}")
-    assert run_sensitivity(up_to_sensitivity(load(file)), directory, device=CPU) == measured[1]
+    assert measure(up_to_sensitivity(load(file)), directory) == measured[1]
     assert any("artifact/sensitivity.json has changed; moved to" in line for line in logged(told))
 
 

@@ -39,7 +39,9 @@ class Applied:
     def __init__(self, stage, model: TorchModel, task: Task, work_dir: Path, *, seed: int = 0) -> None:
         self.lines: list[str] = []
         self.epochs: list[dict[str, float]] = []
-        context = StageContext(model, CPU, seed, work_dir, self.lines.append, self.epochs.append)
+        context = StageContext(
+            model, CPU, seed, work_dir, self.lines.append, lambda told: self.epochs.append(told.means)
+        )
         self.model = stage.apply(model, task, context)
         self.rehearsed = stage.rehearse(model, model, task)
 

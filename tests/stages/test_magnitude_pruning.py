@@ -4,10 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressor import Samples, Task
+from compressor import EpochLosses, Finding, Reached, Samples, Task
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.pruning.goals import measure_of
+from compressor.pruning.group_sensitivity import GroupSensitivity
 from compressor.pruning.staircase import measure_step
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
@@ -21,10 +22,16 @@ from networks import WideNetwork
 PLAIN = Reference(factory="networks:PlainNetwork")
 
 
-def context(model: TorchModel, directory, *, lines=None, reached=None) -> StageContext:
+def context(model: TorchModel, directory, *, lines=None, reached=None, losses=None) -> StageContext:
     log = (lambda _line: None) if lines is None else lines.append
-    told = (lambda *_what: None) if reached is None else (lambda *what: reached.append(what))
-    return StageContext(model, torch.device("cpu"), 0, directory, log, reached=told)
+
+    def report(finding: Finding) -> None:
+        if reached is not None and isinstance(finding, Reached):
+            reached.append((finding.setting, finding.asked, finding.achieved))
+        if losses is not None and isinstance(finding, EpochLosses):
+            losses.append(finding.means)
+
+    return StageContext(model, torch.device("cpu"), 0, directory, log, report)
 
 
 @pytest.fixture
@@ -161,7 +168,7 @@ def test_schedule_prunes_in_steps_with_an_epoch_after_each_but_the_last(shape, l
         }
     )
     reached: list = []
-    told = replace(context(plain, tmp_path, lines=lines, reached=reached), record=records.append)
+    told = context(plain, tmp_path, lines=lines, reached=reached, losses=records)
     found = stage.apply(plain, task, told)
     assert channels_after_each_step(lines) == pytest.approx(left, abs=1)  # whole channels
     assert channels_after_each_step(lines)[-1] == 56
@@ -216,11 +223,11 @@ def test_sensitivity_that_the_model_carries_spares_groups_that_matter(plain, dig
     matters = {"conv1": 0.0, "conv2": 0.9, "fc1": 0.9}  # what is left of the accuracy without half of each
     curves = {
         path: curve.model_copy(update={"values": (matters[path],)})
-        for path, curve in measured.sensitivity.groups.items()
+        for path, curve in measured.attachment(GroupSensitivity).curves.groups.items()
     }
-    carried = measured.sensitivity.model_copy(update={"value": 1.0, "groups": curves})
+    carried = measured.attachment(GroupSensitivity).curves.model_copy(update={"value": 1.0, "groups": curves})
     stage = MagnitudePruning(pruning_ratio=0.4, allocation="sensitivity", round_to=1)
-    found = stage.apply(replace(plain, sensitivity=carried), digits_task, context(plain, tmp_path))
+    found = stage.apply(plain.with_attachment(GroupSensitivity(carried)), digits_task, context(plain, tmp_path))
     shares = [found.module.conv1.out_channels / 16, found.module.conv2.out_channels / 32]
     assert shares[0] > 0.9
     assert shares[1] < 0.6

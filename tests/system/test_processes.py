@@ -110,7 +110,7 @@ def labels_of(digits_task, directory: Path, *, bias: float = 0.0) -> SoftLabelFi
     model = TorchModel(CountingNetwork().eval(), Reference(factory="networks:counting"))
     with torch.no_grad():
         model.module.head.bias.add_(bias)
-    return answered(model, replace(digits_task, augmentation=SHIFTED), directory, views=2).soft_labels
+    return answered(model, replace(digits_task, augmentation=SHIFTED), directory, views=2).attachment(SoftLabelFile)
 
 
 def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -185,7 +185,7 @@ def test_soft_labels_of_two_processes_are_what_the_teacher_says_in_one(finished)
     data = TrainingData(task.train, augmentation=task.augmentation, seed=0)
     for view in (0, 1):
         live = model.predict(data.view(task.train.inputs, rows, view))
-        stored = model.soft_labels.read(rows, view)["logits"][:, 0]
+        stored = model.attachment(SoftLabelFile).read(rows, view)["logits"][:, 0]
         # float16's rounding, and float32's in batches of another size
         torch.testing.assert_close(stored, live, rtol=2**-11, atol=1e-5)
 

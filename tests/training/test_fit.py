@@ -278,7 +278,7 @@ def distilled(record, **losses):
     unlabeled = Samples((task.validation.inputs[0],), torch.zeros(180))
     return distil(
         student.module, teacher, replace(task, unlabeled=unlabeled),
-        StageContext(teacher, torch.device("cpu"), 0, directory, lambda line: None, record),
+        StageContext(teacher, torch.device("cpu"), 0, directory, lambda line: None, lambda told: record(told.means)),
         losses=Losses.model_validate({"hint": {"layers": {"embedding": "query_key_value"}}, **losses}),
         combine="mean_probability", unlabeled_share=0.25, epochs=2, batch_size=64, optimizer=SGD,
     )
