@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compressor.models.artifact import OnnxModel, TorchModel
+from compressor.models.kept_zeros import KeptZeros
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.stages.distillation import Distillation
@@ -146,15 +147,16 @@ class GivesAnotherType(Stage[TorchModel, OnnxModel]):
         return model
 
 
-class ForgetsItsEdits(Stage[TorchModel, TorchModel]):
+class ForgetsToSayWhatItAttaches(Stage[TorchModel, TorchModel]):
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
-        changed = TorchModel.build(PLAIN, seed=1).module
-        changed.fc1 = nn.Linear(512, 32)
-        changed.fc2 = nn.Linear(32, 10)
-        for layer in (changed.fc1, changed.fc2):
-            nn.init.ones_(layer.weight)
-            nn.init.ones_(layer.bias)
-        return model.with_module(changed)
+        return model.with_attachment(KeptZeros.of(model.module, {}))
+
+
+class BuildsWithCodeFromElsewhere(Stage[TorchModel, TorchModel]):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
+        layer = model.module.fc2
+        arguments = {"in_features": layer.in_features, "out_features": layer.out_features}
+        return model.with_submodule("fc2", nn.Linear, arguments, layer.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,10 @@ class ForgetsItsEdits(Stage[TorchModel, TorchModel]):
         pytest.param(ChangesItsInput(), "input model must not change", id="input"),
         pytest.param(DiffersEachTime(), "same seed must give the same model", id="seed"),
         pytest.param(GivesAnotherType(), "apply must return", id="type"),
-        pytest.param(ForgetsItsEdits(), "must load in a fresh process", id="reload"),
+        pytest.param(
+            ForgetsToSayWhatItAttaches(), r"(?s)fresh process.* names its classes in `attaches`", id="attaches"
+        ),
+        pytest.param(BuildsWithCodeFromElsewhere(), "(?s)fresh process.* define it beside the stage", id="module"),
     ],
 )
 def test_broken_promise_is_named(stage, promise, digits_task):
