@@ -1,7 +1,7 @@
 """What the user brings beside the model: data splits, loss, metrics, example inputs."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from compressor.errors import InputError
+from compressor.records.measurements import MetricInfo
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 
@@ -148,6 +149,11 @@ class Metric:
     higher_is_better: bool = True
     unit: str = ""
 
+    @property
+    def info(self) -> MetricInfo:
+        """What a report needs to show and judge values of this metric."""
+        return MetricInfo(name=self.name, unit=self.unit, higher_is_better=self.higher_is_better)
+
 
 def _hits_and_count(logits: Tensor, targets: Tensor) -> Tensor:
     hits = (logits.argmax(dim=1) == targets).sum()
@@ -216,7 +222,7 @@ class Task:
         return {name: fingerprint(split) for name, split in splits.items() if split is not None}
 
 
-def spread(split: Split, count: int) -> list[int]:
-    """Indices of `count` samples, or of all if there are fewer, evenly over a split that may be sorted by class."""
-    count = min(count, len(split))
-    return [position * len(split) // count for position in range(count)]
+def evenly_spaced(samples: Sized, count: int) -> list[int]:
+    """Indices of `count` samples, or of all if there are fewer, evenly over samples that may be sorted by class."""
+    count = min(count, len(samples))
+    return [position * len(samples) // count for position in range(count)]

@@ -6,12 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def stretch(values: Tensor, dimensions: int, axis: int) -> Tensor:
-    """Shape (C,) so that it stretches over a tensor of so many dimensions along `axis`; scalars stay."""
-    return (
-        values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)]) if values.ndim else values
-    )
+from compressor.onnx_files.qdq import along_axis
 
 
 @torch.library.custom_op("compressor::quantize_linear", mutates_args=())
@@ -21,21 +16,21 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> 
     `scale` and `zero_point` are scalars, or have a value per index along `axis`.
     """
     limits = torch.iinfo(zero_point.dtype)
-    codes = torch.round(x / stretch(scale, x.ndim, axis)) + stretch(zero_point, x.ndim, axis)
+    codes = torch.round(x / _stretch(scale, x.ndim, axis)) + _stretch(zero_point, x.ndim, axis)
     return codes.clamp(limits.min, limits.max).to(zero_point.dtype)
 
 
 @torch.library.custom_op("compressor::dequantize_linear", mutates_args=())
 def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Numbers that the codes stand for: (codes - zero_point) * scale, in the type of `scale`."""
-    shifted = codes.to(scale.dtype) - stretch(zero_point, codes.ndim, axis).to(scale.dtype)
-    return shifted * stretch(scale, codes.ndim, axis)
+    shifted = codes.to(scale.dtype) - _stretch(zero_point, codes.ndim, axis).to(scale.dtype)
+    return shifted * _stretch(scale, codes.ndim, axis)
 
 
 @torch.library.custom_op("compressor::stored", mutates_args=())
 def dequantize_weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Numbers of a weight that is stored as int8 and computes in float: codes * scale, (C,) along `axis`."""
-    return codes.to(scale.dtype) * stretch(scale, codes.ndim, axis)
+    return codes.to(scale.dtype) * _stretch(scale, codes.ndim, axis)
 
 
 @torch.library.custom_op("compressor::matmul_blocks", mutates_args=())
@@ -120,6 +115,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(codes: Tensor, bits: int) -> Tensor:
     """Undo `pack`."""
     return codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+
+
+def _stretch(values: Tensor, dimensions: int, axis: int) -> Tensor:
+    """Numbers (C,) in the shape in which they meet a tensor of so many dimensions along `axis`; a scalar stays."""
+    return values.reshape(along_axis(axis, dimensions)) if values.ndim else values
 
 
 def _bits(inputs: int, sizes: Sequence[int]) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from compressor.errors import StageError
 from compressor.models.artifact import OnnxModel
-from compressor.task import Inputs, Split, gather, spread
+from compressor.models.outputs import relative_error
+from compressor.task import Inputs, Split, evenly_spaced, gather
 
 SAMPLES = 64
 
@@ -43,20 +44,10 @@ def output_error(model: OnnxModel, reference: Callable[[Inputs], Tensor], split:
 
     Raises InputError if ONNX Runtime refuses a batch.
     """
-    indices = spread(split, SAMPLES)
+    indices = evenly_spaced(split, SAMPLES)
     found, wanted = [], []
     for batch in filter(None, (indices[:1], indices[1:3], indices[3:])):
         inputs = gather(split, batch).inputs
         found.append(model.predict(inputs))
         wanted.append(reference(inputs))
     return relative_error(torch.cat(found), torch.cat(wanted))
-
-
-def relative_error(outputs: Tensor, reference: Tensor) -> float:
-    """Root mean square of `outputs` - `reference`, divided by that of `reference`; infinite if shapes differ."""
-    if outputs.shape != reference.shape:
-        return math.inf
-    difference = float((outputs.double() - reference.double()).norm())
-    return (
-        0.0 if difference == 0 else difference / max(float(reference.double().norm()), torch.finfo(torch.float64).tiny)
-    )

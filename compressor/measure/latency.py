@@ -18,12 +18,12 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from compressor.errors import InputError
 from compressor.onnx_files.inputs import Array, arrange, describe, random_inputs, signature
 from compressor.onnx_files.runtime import ERRORS, open_session
 from compressor.records.measurements import Interval, Latency, LatencySession
+from compressor.system.progress import progress_bar
 
 _Times: TypeAlias = NDArray[np.int64]
 """Nanoseconds of each timed call of one round, (passes, models, calls of a visit)."""
@@ -115,10 +115,10 @@ def time_models(
     contestants = (*paths, paths[0])  # the last is the baseline again: what it seems to gain is the noise floor
     start, budget = time.perf_counter(), max_seconds * len(paths)
     rounds: list[_Times] = []
-    with tqdm(desc="timing", unit="round", leave=False, disable=None) as progress:
+    with progress_bar(unit=" timing round") as bar:
         for index in itertools.count():
             rounds.append(_time_round(contestants, given, threads, index, budget / _MIN_ROUNDS))
-            progress.update()
+            bar.update()
             seconds = time.perf_counter() - start
             if len(rounds) < _MIN_ROUNDS:
                 continue

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Self, final
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.attachment import Attachment
 from compressor.models.edits import Edit, name_after
+from compressor.models.weights import count_zeros
 
 _FILE_NAME = "zeros.json"
 _COUNTS = TypeAdapter(dict[str, NonNegativeInt])
@@ -66,8 +67,3 @@ def zeros_of(model: TorchModel) -> Mapping[str, int]:
     """By name of a parameter, how many zeros `model` promises to keep; none for a dense model."""
     kept = model.attachment(KeptZeros)
     return {} if kept is None else kept.counts
-
-
-def count_zeros(tensor: Tensor) -> int:
-    """How many values of `tensor` are zero."""
-    return tensor.numel() - int(tensor.count_nonzero())

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from compressor.errors import InputError, did_you_mean
+from compressor.models.outputs import first_tensor, run_on_examples
 from compressor.task import Inputs
 
 Shape: TypeAlias = tuple[int, ...]
@@ -219,12 +219,8 @@ def _dry_run(module: nn.Module, example_inputs: Inputs) -> list[tuple[str, Shape
     def keep(path: str, output: Tensor | None) -> None:
         calls.append((path, None if output is None else tuple(output.shape)))
 
-    with _evaluating(module), torch.no_grad(), _watch(module, layer_paths(module), keep):
-        try:
-            module(*example_inputs)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            msg = f"{type(module).__name__} must run on example_inputs, but: {type(error).__name__}: {error}"
-            raise InputError(msg) from error
+    with _evaluating(module), _watch(module, layer_paths(module), keep):
+        run_on_examples(module, example_inputs, type(module).__name__)
     return calls
 
 
@@ -260,7 +256,7 @@ def _watch(module: nn.Module, paths: Sequence[str], keep: Callable[[str, Tensor 
     """Give `keep` each path with the first tensor of each output, until the block is left."""
 
     def hook(path: str, _layer: nn.Module, _inputs: object, output: object) -> None:
-        keep(path, _first_tensor(output))
+        keep(path, first_tensor(output))
 
     with ExitStack() as hooks:
         for path in paths:
@@ -284,14 +280,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _has_a_matrix(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim >= 2
-
-
-def _first_tensor(output: object) -> Tensor | None:
-    """The first tensor in an output, however deep in tuples, lists and mappings, such as those of Hugging Face."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        return next((found for part in output if (found := _first_tensor(part)) is not None), None)
-    return None

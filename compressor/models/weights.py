@@ -1,4 +1,4 @@
-"""Weights from a file into a module, which must have exactly these."""
+"""Weights of a module: read from a file that must hold exactly these, and counted where they are zero."""
 
 import pickle
 from collections.abc import Mapping
@@ -35,6 +35,11 @@ def load_weights(module: nn.Module, file: Path) -> None:
         msg = f"{file} must hold exactly the tensors of {type(module).__name__}, but it has {difference}"
         raise InputError(msg)
     module.load_state_dict(state, strict=False)
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """How many numbers of `tensor` are zero."""
+    return tensor.numel() - int(tensor.count_nonzero())
 
 
 def explain_difference(module: nn.Module, state: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from onnx.numpy_helper import to_array
 
 from compressor.errors import InputError
 from compressor.onnx_files.macs import Array, Shape, count_macs
+from compressor.onnx_files.qdq import along_axis
 from compressor.onnx_files.reading import attribute, external_files, graphs, load_graph, stored_tensors
 
 _FLOATS = {
@@ -159,7 +160,7 @@ def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, Tenso
     if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
         return _spread(zero_point, attribute(dequantizer, "block_size", 1), axis, shape, dequantizer.input[0])
     if zero_point.ndim == 1 and zero_point.size > 1:
-        return zero_point.reshape([-1 if dimension == axis % len(shape) else 1 for dimension in range(len(shape))])
+        return zero_point.reshape(along_axis(axis, len(shape)))
     return zero_point.reshape(())
 
 

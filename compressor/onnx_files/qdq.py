@@ -1,4 +1,4 @@
-"""Int8 graphs, which exporters write as float operators between DQ and Q, without the nodes that change nothing."""
+"""Q and DQ of an int8 graph: the axis of their scales, and the graph without those of them that change nothing."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from compressor.onnx_files.reading import attribute, graphs
 
 _MOVES = {
     "Concat",
@@ -25,6 +27,11 @@ _MOVES = {
 """Operators that only move values, so that they take int8 as well; `_is_move` knows some with conditions."""
 
 
+def along_axis(axis: int, dimensions: int) -> tuple[int, ...]:
+    """Shape in which numbers (C,), one per index along `axis`, meet a tensor of so many dimensions."""
+    return tuple(-1 if dimension == axis % dimensions else 1 for dimension in range(dimensions))
+
+
 def simplify_qdq(model: ModelProto) -> ModelProto:
     """Return a graph with fewer nodes and the same outputs, bit for bit; a graph without int8 as it is.
 
@@ -34,9 +41,7 @@ def simplify_qdq(model: ModelProto) -> ModelProto:
     reader into int8. A graph with control flow stays as it is too: its bodies read tensors that no node of the graph
     shows.
     """
-    nested = any(
-        attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute
-    )
+    _, *nested = graphs(model)
     if nested or not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         return model
     simpler = ModelProto()
@@ -160,7 +165,7 @@ def _move_on_int8(node: NodeProto, edges: _Edges) -> None:
     if quantizer is None or dequantizers is None:
         return
     node.input[:moved] = [dequantizer.input[0] for dequantizer in dequantizers]
-    if node.op_type == "Pad" and all(attribute.s == b"constant" for attribute in node.attribute):
+    if node.op_type == "Pad" and attribute(node, "mode", b"constant") == b"constant":
         node.input[2:3] = [quantizer.input[2]]  # the code of 0.0
     node.output[0], quantizer.output[0] = quantizer.output[0], node.output[0]
     quantizer.ClearField("input")
@@ -175,8 +180,7 @@ def _multiply_stored_weights(graph: GraphProto) -> None:
             nodes.append(node)
             continue
         codes, scale = node.input
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        sizes = [-1 if dimension == axis else 1 for dimension in range(len(tensors[codes].dims))]
+        sizes = along_axis(attribute(node, "axis", 1), len(tensors[codes].dims))
         factors = numpy_helper.to_array(tensors[scale]).reshape(sizes)
         graph.initializer.append(numpy_helper.from_array(factors, f"{node.output[0]}_factors"))
         nodes += [
@@ -190,16 +194,15 @@ def _multiply_stored_weights(graph: GraphProto) -> None:
 
 def _is_move(node: NodeProto, edges: _Edges) -> bool:
     """Whether every value that `node` writes is one that it reads or, around a padded image, zero."""
-    attributes: dict[str, Any] = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     match node.op_type:
         case "MaxPool":
             return len(node.output) == 1
         case "Pad":
             fill = (*node.input[2:3], "")[0]
             is_zero = not fill or (fill in edges.scalars and float(edges.scalars[fill]) == 0.0)
-            return is_zero or bool(attributes.get("mode", b"constant") != b"constant")
+            return is_zero or bool(attribute(node, "mode", b"constant") != b"constant")
         case "Resize":
-            return bool(attributes.get("mode", b"nearest") == b"nearest")
+            return bool(attribute(node, "mode", b"nearest") == b"nearest")
     return node.op_type in _MOVES
 
 

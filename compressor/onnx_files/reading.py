@@ -92,16 +92,23 @@ def external_files(model: ModelProto, directory: Path) -> tuple[Path, ...]:
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """The graph of the model, then every graph nested in its control flow."""
     yield model.graph
-    yield from _nested(model.graph.node)
+    yield from _graphs_below(model.graph.node)
 
 
-def _nested(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
-    """Every graph in the control flow of the nodes."""
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs that a node of control flow runs: of a condition its branches, of a loop what it repeats."""
+    for given in node.attribute:
+        if given.HasField("g"):
+            yield given.g
+        yield from given.graphs
+
+
+def _graphs_below(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """Every graph in the control flow of the nodes, with those nested in it."""
     for node in nodes:
-        for given in node.attribute:
-            for graph in (*([given.g] if given.HasField("g") else []), *given.graphs):
-                yield graph
-                yield from _nested(graph.node)
+        for body in bodies(node):
+            yield body
+            yield from _graphs_below(body.node)
 
 
 def stored_tensors(model: ModelProto) -> dict[str, TensorProto]:
@@ -153,7 +160,7 @@ def _inline(model: ModelProto) -> ModelProto:
     except (ValidationError, RuntimeError) as error:  # RuntimeError where a call gives more inputs than there are
         msg = f"its functions cannot be inlined: {error}"
         raise ValueError(msg) from error
-    called = {_identity(node) for node in _with_nested(inlined.graph.node)}
+    called = {_identity(node) for node in _all_nodes(inlined.graph.node)}
     for function in inlined.functions:
         if _identity(function) in called:
             opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in function.opset_import)
@@ -165,7 +172,7 @@ def _inline(model: ModelProto) -> ModelProto:
 
 def _check_inlined_size(model: ModelProto) -> None:
     """Refuse functions that call themselves, or that are called so often that too many nodes would come of them."""
-    bodies = {_identity(function): list(_with_nested(function.node)) for function in model.functions}
+    bodies = {_identity(function): list(_all_nodes(function.node)) for function in model.functions}
     callees = {name: {_identity(node) for node in body} & bodies.keys() for name, body in bodies.items()}
     sizes: dict[tuple[str, str, str], int] = {}
     try:
@@ -175,7 +182,7 @@ def _check_inlined_size(model: ModelProto) -> None:
     except CycleError as error:
         msg = f"its functions must not call themselves, as {error.args[1][0][1]!r} does"
         raise ValueError(msg) from error
-    calls = ((node, sizes.get(_identity(node), 0)) for node in _with_nested(model.graph.node))
+    calls = ((node, sizes.get(_identity(node), 0)) for node in _all_nodes(model.graph.node))
     _check_inlined_nodes(sum(_weight(node) * size for node, size in calls))
 
 
@@ -200,10 +207,10 @@ def _identity(called: FunctionProto | NodeProto) -> tuple[str, str, str]:
     return _domain(called.domain), name, called.overload
 
 
-def _with_nested(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes, and all in graphs of their attributes."""
+def _all_nodes(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes, then those of every graph in their control flow."""
     yield from nodes
-    for graph in _nested(nodes):
+    for graph in _graphs_below(nodes):
         yield from graph.node
 
 
@@ -239,7 +246,7 @@ def _check_operands(model: ModelProto) -> None:
     """Refuse an operand left out that its operator needs: at some of them ONNX Runtime ends the process."""
     # what asks for a version takes 32 bits; ONNX Runtime itself refuses one that is not there
     versions = {_domain(opset.domain): min(max(opset.version, 0), 2**31 - 1) for opset in model.opset_import}
-    for node in _with_nested(model.graph.node):
+    for node in _all_nodes(model.graph.node):
         domain = _domain(node.domain)
         known = (node.op_type, versions.get(domain, 0), domain)
         if "" not in node.input or not defs.has(*known):

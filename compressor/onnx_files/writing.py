@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper
 
+from compressor.onnx_files.reading import bodies, graphs
+
 INLINE_BYTES = 2_000_000_000
 """Models with more tensor bytes keep their tensors beside the ONNX file: protobuf messages end at 2 GiB."""
 
@@ -33,13 +35,14 @@ def compact(model: ModelProto) -> ModelProto:
     for value in (*graph.input, *graph.output):
         del value.metadata_props[:]
     names = _merge_equal_initializers(graph)
-    for node in _nodes(graph):
+    nodes = [node for scope in graphs(smaller) for node in scope.node]
+    for node in nodes:
         node.ClearField("name")  # an empty text would still take two bytes
         node.ClearField("doc_string")
         del node.metadata_props[:]
         _drop_defaults(node, opset)
     _rename(graph, names)
-    used = {node.domain for node in _nodes(graph)} | {""}
+    used = {node.domain for node in nodes} | {""}
     kept = [imported for imported in model.opset_import if imported.domain in used]
     del smaller.opset_import[:]
     smaller.opset_import.extend(kept)
@@ -70,15 +73,6 @@ def write(model: ModelProto, path: Path, *, inline_bytes: int = INLINE_BYTES) ->
         stored = external_data_helper.write_external_data_tensors(stored, str(path.parent))
     path.write_bytes(stored.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Yield the nodes of a graph and of the bodies of its conditions and loops."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from _nodes(body)
 
 
 def _merge_equal_initializers(graph: GraphProto) -> dict[str, str]:
@@ -140,9 +134,8 @@ def _rename(graph: GraphProto, merged: Mapping[str, str]) -> None:
         for node in scope.node:
             node.input[:] = [short(name) for name in node.input]
             node.output[:] = [short(name) for name in node.output]
-            for attribute in node.attribute:
-                for body in (attribute.g, *attribute.graphs):
-                    visit(body)
+            for body in bodies(node):
+                visit(body)
 
     visit(graph)
 

@@ -13,6 +13,7 @@ from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_cut, without
 from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs
+from compressor.text.figures import list_names
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _check_free(module: nn.Module) -> None:
     # Torch-Pruning leaves layers with frozen parameters out of its graph and says nothing.
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     if frozen:
-        names = ", ".join(frozen[:5])
+        names = list_names(frozen, most=5)
         msg = f"all parameters must have requires_grad to be pruned, but {names} are frozen; unfreeze them"
         raise StageError(msg)
 
@@ -131,5 +132,6 @@ def _check_plain(module: nn.Module) -> None:
 def _check_finite(module: nn.Module) -> None:
     names = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if names:
-        msg = f"all weights must be finite to be pruned, but {', '.join(names[:5])} are not; check the weights file"
+        listed = list_names(names, most=5)
+        msg = f"all weights must be finite to be pruned, but {listed} are not; check the weights file"
         raise StageError(msg)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compressor.errors import StageError
 from compressor.pruning.groups import Group, Member
-from compressor.task import Task, gather, spread
+from compressor.task import Task, evenly_spaced, gather
 
 Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
 """`l2` and `l1`: the norm of all weights that leave with a unit; `bn_scale`: the scale of its batch normalization;
@@ -73,7 +73,7 @@ def taylor(module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
         parameter.requires_grad_(True)
     sums = {group.path: torch.zeros(group.units) for group in groups}
     count = 0
-    rows = spread(task.train, _TAYLOR_SAMPLES)
+    rows = evenly_spaced(task.train, _TAYLOR_SAMPLES)
     for start in range(0, len(rows), _TAYLOR_BATCH):
         batch = gather(task.train, rows[start : start + _TAYLOR_BATCH])
         scored.zero_grad()

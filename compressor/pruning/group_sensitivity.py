@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
@@ -20,10 +19,10 @@ from compressor.models.edits import Edit
 from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
-from compressor.records.measurements import MetricInfo
 from compressor.records.sensitivity_curves import FILE_NAME, GroupCurve, SensitivityCurves, read_sensitivity
 from compressor.system.processes import gather_objects, processes
-from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, gather, spread
+from compressor.system.progress import progress_bar
+from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, evenly_spaced, gather
 
 _LEAST_SLOPE = 1e-6
 """What losing a whole group costs at least, as a part of the largest fall measured: where cutting costs nothing that
@@ -80,8 +79,7 @@ def measure_sensitivity(
     team = processes(device)
     own = groups[team.process_index :: team.num_processes]
     curves = {}
-    hidden = None if team.is_main_process else True  # None: shown on a terminal only
-    with tqdm(own, disable=hidden, leave=False, unit="group") as bar:
+    with progress_bar(own, unit="group", hidden=not team.is_main_process) as bar:
         for done, group in enumerate(bar, start=1):
             curves[group.path] = _curve(model.module, group, found, grid, uncut=value, evaluated=evaluated)
             if bar.disable and done * 4 // len(own) > (done - 1) * 4 // len(own):
@@ -90,7 +88,7 @@ def measure_sensitivity(
     return SensitivityCurves(
         model=model.digest,
         criterion=criterion,
-        metric=_info(metric),
+        metric=metric.info,
         samples=sum(len(batch.targets) for batch in batches),
         ratios=tuple(grid),
         value=value,
@@ -106,7 +104,7 @@ def flat_sensitivity(
     return SensitivityCurves(
         model=model.digest,
         criterion=criterion,
-        metric=_info(task.metrics[0]),
+        metric=task.metrics[0].info,
         samples=1,
         ratios=tuple(grid),
         value=0.0,
@@ -204,7 +202,7 @@ def _curve(
 
 def _validation_batches(task: Task, samples: int, device: torch.device) -> tuple[Batch, ...]:
     # decoded once, as they are evaluated hundreds of times
-    rows = spread(task.validation, samples)
+    rows = evenly_spaced(task.validation, samples)
     starts = range(0, len(rows), EVALUATION_BATCH)
     return tuple(gather(task.validation, rows[start : start + EVALUATION_BATCH]).to(device) for start in starts)
 
@@ -220,10 +218,6 @@ def _finite(value: float, metric: Metric, what: str) -> float:
         msg = f"{metric.name} on validation must be a finite number, got {value} for {what}"
         raise StageError(msg)
     return float(value)
-
-
-def _info(metric: Metric) -> MetricInfo:
-    return MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
 
 
 def _channels(group: Group) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor.errors import StageError
 from compressor.models.layers import shared_parameters
+from compressor.models.outputs import FORWARD_ERRORS, relative_error
 from compressor.task import Inputs
 
 Units: TypeAlias = Sequence[int]
@@ -118,11 +119,11 @@ def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *
 
     float32 sums in another order differ by about 1e-6; a wrong entry cut shows as a part of the output itself.
     """
-    found, wanted = run(smaller, example_inputs), run(silent, example_inputs)
-    if found.shape != wanted.shape:
-        msg = f"outputs must keep the shape {tuple(wanted.shape)}, got {tuple(found.shape)} after pruning"
+    outputs, wanted = run(smaller, example_inputs), run(silent, example_inputs)
+    if outputs.shape != wanted.shape:
+        msg = f"outputs must keep the shape {tuple(wanted.shape)}, got {tuple(outputs.shape)} after pruning"
         raise StageError(msg)
-    error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
+    error = relative_error(outputs, wanted)
     if not error <= tolerance:
         msg = (
             f"without channels a model must answer as if nothing read them, but its outputs differ by {error:.2g} of "
@@ -146,7 +147,7 @@ def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
     with torch.no_grad():
         try:
             outputs: object = module(*example_inputs)
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        except FORWARD_ERRORS as error:
             msg = (
                 f"{type(module).__name__} must run after pruning, but: {error}; is a size written in its forward or "
                 "held by a buffer?"

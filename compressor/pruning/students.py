@@ -10,11 +10,13 @@ from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import Edit, apply_edit_in_place, apply_edits, structural_edits
 from compressor.models.layers import paths_matching
+from compressor.models.outputs import run_on_examples
 from compressor.pruning.allocation import multiples_of, uniform
 from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import magnitude
 from compressor.task import Inputs
+from compressor.text.figures import list_names
 
 
 def layers_kept(layers: int, *, depth: int) -> tuple[int, ...]:
@@ -42,10 +44,9 @@ def shallower(model: TorchModel, example_inputs: Inputs, *, depth: Mapping[str, 
     paths = sorted(depths, key=lambda path: len(path.split(".")) if path else 0, reverse=True)
     edits = tuple(Edit(path=path, children=_children_kept(model.module, path, depths[path])) for path in paths)
     shorter = apply_edits(model.module, edits)
-    found, wanted = _output_shape(shorter, example_inputs, paths), model.predict(example_inputs).shape
-    if found != wanted:
-        fewer = f"with fewer layers in {_list_layers(paths)}"
-        msg = f"{fewer} outputs must keep the shape {tuple(wanted)}, got {tuple(found)}"
+    shape, wanted = _output_shape(shorter, example_inputs, paths), model.predict(example_inputs).shape
+    if shape != wanted:
+        msg = f"{_with_fewer_layers(paths)} outputs must keep the shape {tuple(wanted)}, got {tuple(shape)}"
         raise InputError(msg)
     return model.with_module(shorter, *edits)
 
@@ -129,18 +130,13 @@ def _children_kept(module: nn.Module, path: str, depth: int) -> tuple[str, ...]:
     return tuple(names[position] for position in layers_kept(len(names), depth=depth))
 
 
-def _list_layers(paths: list[str]) -> str:
-    return ", ".join(path or "the model itself" for path in paths)
+def _with_fewer_layers(paths: list[str]) -> str:
+    return f"with fewer layers in {list_names([path or 'the model itself' for path in paths])}"
 
 
 def _output_shape(module: nn.Module, example_inputs: Inputs, paths: list[str]) -> torch.Size:
-    with torch.no_grad():
-        try:
-            outputs: Tensor = module(*example_inputs)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            msg = (
-                f"{type(module).__name__} must run on example_inputs with fewer layers in {_list_layers(paths)}, but: "
-                f"{type(error).__name__}: {error}; give these stacks another depth, or leave them whole"
-            )
-            raise InputError(msg) from error
+    name = f"{type(module).__name__} {_with_fewer_layers(paths)}"
+    advice = "give these stacks another depth, or leave them whole"
+    outputs = run_on_examples(module, example_inputs, name, advice=advice)
+    assert isinstance(outputs, Tensor)  # as the whole model gives
     return outputs.shape

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.errors import StageError
 from compressor.models.layers import is_within
+from compressor.models.outputs import FORWARD_ERRORS, first_tensor, relative_error
 from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silence, without
 from compressor.pruning.guesses import (
     Guess,
@@ -271,18 +272,11 @@ def _randomize(root: nn.Module, guess: Guess) -> nn.Module:
 def _proves(root: nn.Module, group: Group, removed: Units, inputs: _Captured, reader: str) -> bool:
     plan = {group.path: tuple(removed)}
     try:
-        found = _run_alone(without(root, [group], plan), inputs, reader)
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ZeroDivisionError):
+        cut = _run_alone(without(root, [group], plan), inputs, reader)
+    except (*FORWARD_ERRORS, ZeroDivisionError):
         return False  # sizes that do not follow show first as shapes that do not fit
-    wanted = _run_alone(silence(root, [group], plan), inputs, reader)
-    return all(_same(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
-    return bool(error <= TOLERANCE)
+    silent = _run_alone(silence(root, [group], plan), inputs, reader)
+    return all(relative_error(*pair) <= TOLERANCE for pair in zip(cut, silent, strict=True))
 
 
 def _run_alone(root: nn.Module, inputs: _Captured, reader: str) -> tuple[Tensor, Tensor]:
@@ -291,13 +285,11 @@ def _run_alone(root: nn.Module, inputs: _Captured, reader: str) -> tuple[Tensor,
     arguments, keywords = copy.deepcopy(inputs)  # a cache of keys and values would grow with every run
     with root.get_submodule(reader).register_forward_hook(lambda *call: given.append(call[2])), torch.no_grad():
         outputs = root(*arguments, **keywords)
-    return given[0], _first_tensor(outputs)
-
-
-def _first_tensor(outputs: Any) -> Tensor:
-    while not isinstance(outputs, Tensor):
-        outputs = next(iter(outputs.values() if isinstance(outputs, Mapping) else outputs))
-    return outputs
+    first = first_tensor(outputs)
+    if first is None:
+        msg = f"{type(root).__name__} must give a tensor, got {type(outputs).__name__}"
+        raise TypeError(msg)
+    return given[0], first
 
 
 def _place(group: Group, root: str) -> Group:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import StageError
+from compressor.models.weights import count_zeros
 
 Allocation: TypeAlias = Literal["lamp", "uniform", "global", "erk"]
 
@@ -66,7 +67,7 @@ def zero_masks(weights: Mapping[str, Tensor], sparsity: float, allocation: Alloc
     memory. Raises StageError if more weights than asked are zero already.
     """
     total = sum(weight.numel() for weight in weights.values())
-    already = [weight.numel() - int(weight.count_nonzero()) for weight in weights.values()]
+    already = list(map(count_zeros, weights.values()))
     most = sum(weight.numel() - int(weight.any()) for weight in weights.values())
     count = min(round(sparsity * total), most)
     if count < sum(already):

@@ -9,7 +9,7 @@ from compressor.quantization.calibration import observe
 from compressor.quantization.codes import CODES, Affine
 from compressor.quantization.int8_model import Int8Model, predict, ratio_db, round_outputs
 from compressor.records.int8 import Distribution, LayerNoise
-from compressor.task import Batch, Task, evaluate_outputs, gather, spread
+from compressor.task import Batch, Task, evaluate_outputs, evenly_spaced, gather
 
 SAMPLES = 256
 """Of the validation split, evenly spaced, at most: noise is a mean over all outputs, so that few samples tell it. One
@@ -23,7 +23,7 @@ def analyse(model: Int8Model, task: Task) -> tuple[tuple[LayerNoise, ...], int]:
 
     Costs a run of the model per layer, and two more that keep the outputs of all layers of 64 samples.
     """
-    rows = spread(task.validation, SAMPLES)
+    rows = evenly_spaced(task.validation, SAMPLES)
     batches = [gather(task.validation, rows[start : start + _BATCH_SIZE]) for start in range(0, len(rows), _BATCH_SIZE)]
     floats = [predict(model.graph, batch.inputs) for batch in batches]
     noise, histograms = _of_outputs(model, task, rows)

@@ -11,7 +11,7 @@ from compressor.quantization.codes import Range
 from compressor.quantization.float_graph import BATCH_NORM, parameter
 from compressor.quantization.int8_plan import CLIPS, Plan
 from compressor.quantization.ranges import Histogram, RangeMethod, find_range, histogram
-from compressor.task import Split, gather, spread
+from compressor.task import Split, evenly_spaced, gather
 
 _BATCH_SIZE = 64
 
@@ -26,7 +26,7 @@ def calibration_samples(split: Split, count: int) -> list[int]:
 
     Raises InputError if that are fewer than `LEAST_SAMPLES`.
     """
-    samples = spread(split, count)
+    samples = evenly_spaced(split, count)
     if len(samples) < LEAST_SAMPLES:
         msg = f"the calibration split must have at least {LEAST_SAMPLES} samples, got {len(samples)}"
         raise InputError(msg)

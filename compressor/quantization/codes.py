@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressor.export.operators import stretch
+from compressor.onnx_files.qdq import along_axis
 
 CODES = 255
 """Largest uint8 code."""
@@ -38,7 +38,7 @@ class WeightCodes(NamedTuple):
 
     def numbers(self) -> Tensor:
         """Return the weight that the codes stand for, float32."""
-        return self.codes.float() * stretch(self.scale, self.codes.ndim, self.channel_axis)
+        return self.codes.float() * self.scale.reshape(along_axis(self.channel_axis, self.codes.ndim))
 
 
 def affine(found: Range) -> Affine:
@@ -80,5 +80,5 @@ def weight_scale(
 
 def weight_codes(weight: Tensor, scale: Tensor, channel_axis: int, limit: int) -> WeightCodes:
     """Round a weight to the nearest codes in [-`limit`, `limit`]."""
-    rounded = torch.round(weight.detach() / stretch(scale, weight.ndim, channel_axis))
+    rounded = torch.round(weight.detach() / scale.reshape(along_axis(channel_axis, weight.ndim)))
     return WeightCodes(rounded.clamp(-limit, limit).to(torch.int8), scale, channel_axis)

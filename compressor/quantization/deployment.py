@@ -22,8 +22,7 @@ from compressor.quantization.codes import CODES
 from compressor.quantization.float_graph import arguments, copy_graph
 from compressor.quantization.int8_model import Int8Model, predict, ratio_db
 from compressor.records.int8 import Deployment
-from compressor.records.measurements import MetricInfo
-from compressor.task import EVALUATION_BATCH, Inputs, Metric, Task, gather
+from compressor.task import EVALUATION_BATCH, Inputs, Task, gather
 
 LEAST_AGREEMENT = 0.995
 """Share of the samples for which PyTorch and ONNX Runtime must name the same class."""
@@ -96,7 +95,7 @@ def compare(
         raise StageError(msg)
     return Deployment(
         samples=len(rows),
-        metric=metric_info(metric),
+        metric=metric.info,
         float_value=values[0],
         simulated_value=values[1],
         deployed_value=values[2],
@@ -116,11 +115,6 @@ def _check_finite(outputs: Sequence[Tensor], rows: Sequence[int]) -> None:
                 f"{rows[0]} to {rows[-1]}; look at them and at the weights"
             )
             raise StageError(msg)
-
-
-def metric_info(metric: Metric) -> MetricInfo:
-    """How to show and judge `metric`."""
-    return MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
 
 
 def output_quantum(graph: GraphModule, inputs: Inputs) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.float_graph import (
     CONVOLUTIONS,
     arguments,
@@ -67,7 +68,7 @@ def equalize(graph: GraphModule) -> GraphModule:
         change = 0.0
         for pair in pairs:
             scale = _scale(tensors[pair.weight], tensors[pair.next_weight], pair.groups)
-            tensors[pair.weight] = tensors[pair.weight] / scale.reshape(-1, *[1] * (tensors[pair.weight].ndim - 1))
+            tensors[pair.weight] = tensors[pair.weight] / scale.reshape(along_axis(0, tensors[pair.weight].ndim))
             if pair.bias is not None:
                 tensors[pair.bias] = tensors[pair.bias] / scale
             tensors[pair.next_weight] = _scale_inputs(tensors[pair.next_weight], scale, pair.groups)

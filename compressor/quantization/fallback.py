@@ -13,7 +13,7 @@ from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
 from compressor.records.int8 import Deployment, Fallback, LayerNoise, PutBack
 from compressor.report.int8_summary import worst_first
-from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, gather, spread
+from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, evenly_spaced, gather
 from compressor.verdicts.limit import at_most
 
 Quantize: TypeAlias = Callable[[Collection[str], Collection[str]], Int8Model]
@@ -113,7 +113,7 @@ def _keeps_int8_weights(
         return False
     others = [other.layer for other in layers if other.layer != layer.layer]
     alone = quantize(others, [layer.layer])
-    inputs = gather(task.validation, spread(task.validation, _FEW_SAMPLES)).inputs
+    inputs = gather(task.validation, evenly_spaced(task.validation, _FEW_SAMPLES)).inputs
     noise = sqnr_db([predict(alone.simulated, inputs)], [predict(alone.graph, inputs)])
     return noise is None or layer.alone_sqnr_db is None or noise >= layer.alone_sqnr_db + _QUIETER_DB
 

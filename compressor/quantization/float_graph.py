@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from compressor.export.operators import stretch
 from compressor.export.to_onnx import capture, quiet_torch
+from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.refusal import check_float
 from compressor.task import Task
 
@@ -297,7 +297,7 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
         factors = factor.reshape(groups, 1, -1, *(1,) * (old_weight.ndim - 2))
         new_weight = (grouped * factors).flatten(0, 1)
     else:
-        new_weight = old_weight * stretch(factor, old_weight.ndim, 0)
+        new_weight = old_weight * factor.reshape(along_axis(0, old_weight.ndim))
     new_bias = offset if bias is None else offset + parameter(graph, bias) * factor
     with graph.graph.inserting_before(layer):
         nodes = [
@@ -314,7 +314,7 @@ def _write_as_convolution(graph: GraphModule, norm: Node) -> None:
     rank = len(shape(norm))
     with graph.graph.inserting_before(norm):
         nodes = [
-            add_tensor(graph, f"{norm.name}_weight", stretch(factor, rank, 0)),
+            add_tensor(graph, f"{norm.name}_weight", factor.reshape(along_axis(0, rank))),
             add_tensor(graph, f"{norm.name}_bias", offset),
         ]
     ones = [1] * (rank - 2)

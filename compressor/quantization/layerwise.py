@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 from compressor.quantization.codes import CODES, Affine, WeightCodes
 from compressor.quantization.float_graph import is_parameter, parameter, with_parameters
 from compressor.quantization.int8_plan import Plan, Unit, Weight
-from compressor.task import Inputs, Split, gather
+from compressor.task import Inputs, Split, evenly_spaced, gather
 
 SAMPLES = 256
 """Most samples that a layer's codes and bias are chosen on."""
@@ -118,7 +118,7 @@ def sample_inputs(graph: GraphModule, split: Split, samples: Sequence[int]) -> I
     with torch.no_grad():
         sizes.run(*gather(split, samples[:1]).inputs)
     count = max(1, min(SAMPLES, len(samples), _NUMBERS // sizes.largest))
-    return gather(split, [samples[position * len(samples) // count] for position in range(count)]).inputs
+    return gather(split, [samples[index] for index in evenly_spaced(samples, count)]).inputs
 
 
 class _Sizes(Interpreter):

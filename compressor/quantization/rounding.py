@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.export.operators import stretch
+from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.float_graph import CONVOLUTIONS, arguments
 from compressor.quantization.int8_plan import CLIPS
 from compressor.quantization.layerwise import Layer
@@ -59,7 +59,7 @@ def learn_rounding(layer: Layer, limit: int, generator: torch.Generator, *, iter
     if layer.node.kwargs:
         return layer
     products = _products(layer, generator)
-    scale = stretch(layer.codes.scale, layer.weight.ndim, layer.codes.channel_axis)
+    scale = layer.codes.scale.reshape(along_axis(layer.codes.channel_axis, layer.weight.ndim))
     ratio = _matrix(layer, (layer.weight / scale).clamp(-limit, limit))
     nearest = _matrix(layer, layer.codes.codes.float())
     with torch.enable_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from compressor.export.operators import stretch
+from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.codes import CODES, Range, weight_scale
 from compressor.quantization.conversion import affine_of, weight_limit, wrap
 from compressor.quantization.float_graph import BATCH_NORM, add_tensor, arguments, aten, parameter
@@ -89,7 +89,8 @@ def round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def round_weight(weight: Tensor, channel_axis: int, limit: int, one_scale: bool = False) -> Tensor:
     """Round a weight to the numbers that its codes stand for, with the scales of this very weight."""
-    scale = stretch(weight_scale(weight, channel_axis, limit, one_scale=one_scale), weight.ndim, channel_axis)
+    scale = weight_scale(weight, channel_axis, limit, one_scale=one_scale)
+    scale = scale.reshape(along_axis(channel_axis, weight.ndim))
     return _round(weight, scale, torch.zeros_like(scale), (-limit, limit))
 
 

@@ -21,8 +21,8 @@ from compressor.quantization.float_graph import arguments, is_parameter, shape
 from compressor.quantization.int8_plan import CLIPS, Plan, plan_int8
 from compressor.quantization.kernels import Kernel, kernels, traceable
 from compressor.records.measurements import Latency
-from compressor.task import Task, spread
-from compressor.text.layout import list_names
+from compressor.task import Task, evenly_spaced
+from compressor.text.figures import list_names
 
 _SAMPLES = 8
 """Of the calibration split; times do not depend on ranges, but which clips vanish does."""
@@ -144,7 +144,8 @@ def _model(
     graph: GraphModule, task: Task, weight_limit: int, keep_float: Collection[str], floats: Collection[str]
 ) -> onnx.ModelProto:
     planned, plan = plan_int8(graph, keep_float=keep_float, compute_float=floats)
-    affines = affine_of(plan, calibrate(planned, plan, task.calibration, spread(task.calibration, _SAMPLES), "minmax"))
+    samples = evenly_spaced(task.calibration, _SAMPLES)
+    affines = affine_of(plan, calibrate(planned, plan, task.calibration, samples, "minmax"))
     return traceable(convert(planned, plan, affines, round_weights(planned, plan, affines, weight_limit)), task)
 
 

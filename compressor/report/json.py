@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from compressor.errors import InputError
 from compressor.records.benchmark import Benchmark
 from compressor.records.report import Report
+from compressor.text.figures import list_names
 
 MOST_BYTES = 64 << 20
 """Of a report: much more than any run writes."""
@@ -51,5 +52,5 @@ def read_report(path: Path) -> Report:
 
 def _faults(error: ValidationError, most: int = 5) -> str:
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults[:most]]
-    return "; ".join(told) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
+    told = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults]
+    return list_names(told, most=most, separator="; ")

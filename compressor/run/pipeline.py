@@ -14,7 +14,6 @@ from compressor.measure.latency import time_models
 from compressor.measure.quality import MOST_LISTED_CLASSES
 from compressor.models.artifact import Artifact, OnnxModel, TorchModel
 from compressor.records.environment import environment
-from compressor.records.measurements import MetricInfo
 from compressor.records.report import Preparation, Report, make_row
 from compressor.references.reference import prefer_modules_in, user_errors
 from compressor.report.json import to_json
@@ -142,10 +141,7 @@ def _report(obtained: Sequence[Obtained], run: Run, max_seconds: float) -> Repor
         pipeline=pipeline.name,
         settings=pipeline.settings,
         overrides=pipeline.overrides,
-        metrics=tuple(
-            MetricInfo(name=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better)
-            for metric in task.metrics
-        ),
+        metrics=tuple(metric.info for metric in task.metrics),
         labels=tuple(map(str, task.labels)) if len(task.labels) <= MOST_LISTED_CLASSES else (),
         rows=tuple(
             make_row(

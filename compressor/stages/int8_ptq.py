@@ -25,8 +25,8 @@ from compressor.records.int8 import Quantization
 from compressor.report.int8_summary import describe_deployment, describe_fallback
 from compressor.stage import Stage, StageContext
 from compressor.system.processes import broadcast, processes
-from compressor.task import Task, spread
-from compressor.text.layout import list_names
+from compressor.task import Task, evenly_spaced
+from compressor.text.figures import list_names
 from compressor.verdicts.limit import at_most
 
 
@@ -130,7 +130,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
     def _deployed(self, quantize: Quantize, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
         """Write the model, compare it with the float one, and put layers back if it is not good enough."""
         int8 = quantize((), ())
-        rows = spread(task.validation, self.validation_samples)
+        rows = evenly_spaced(task.validation, self.validation_samples)
         found = Candidate(int8, *deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows))
         context.log(describe_deployment(found.found))
         fell = self.max_drop is not None and not at_most(found.found.drop, self.max_drop)

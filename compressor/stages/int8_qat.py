@@ -28,7 +28,7 @@ from compressor.records.int8 import Quantization
 from compressor.report.int8_summary import describe_deployment
 from compressor.stage import Stage, StageContext
 from compressor.system.processes import broadcast, processes
-from compressor.task import Task, spread
+from compressor.task import Task, evenly_spaced
 from compressor.training.fit import Optimizer
 
 
@@ -94,7 +94,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
         graph, plan = prepare_plan(fold_batch_norms(graph), lambda _line: None)
         affines = affine_of(plan, ranges)
         weights = round_weights(graph, plan, affines, TARGETS[self.target].weight_limit)
-        int8, rows = Int8Model(graph, plan, affines, weights), spread(task.validation, self.validation_samples)
+        int8, rows = Int8Model(graph, plan, affines, weights), evenly_spaced(task.validation, self.validation_samples)
         exported, found = deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows)
         context.log(describe_deployment(found))
         context.report(Quantization(deployment=found))

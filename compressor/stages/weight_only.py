@@ -13,7 +13,7 @@ from compressor.quantization.int8_model import predict
 from compressor.quantization.weight_blocks import WeightPlan, plan_weights, with_weights
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
-from compressor.text.layout import list_names
+from compressor.text.figures import list_names
 
 _TOLERANCE = 0.1
 """Largest relative error between PyTorch and ONNX Runtime, which may round the inputs of layers to int8: 0.013 for two

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from compressor.distillation.recovery import Recovery, check_recovery, recover
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
-from compressor.models.kept_zeros import KeptZeros, count_zeros, zeros_of
+from compressor.models.kept_zeros import KeptZeros, zeros_of
 from compressor.models.layers import is_within, paths_matching, shared_parameters
+from compressor.models.weights import count_zeros
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.schedule import Schedule, division, ramp
 from compressor.pruning.zeros import Allocation, pattern_mask, zero_masks

@@ -1,7 +1,7 @@
 """How the numbers and names of a report are written for people."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.records.measurements import Latency, MetricInfo
@@ -75,6 +75,12 @@ def change(metric: MetricInfo, before: float, after: float) -> str:
 def count(number: int, noun: str) -> str:
     """A number of things, such as `1 thread` and `2 threads`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def list_names(names: Sequence[str], *, most: int = 8, separator: str = ", ") -> str:
+    """Names for one line, such as `a, b, c and 4 more`: the first `most` of them."""
+    more = len(names) - most
+    return separator.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def facts(environment: Mapping[str, Any]) -> list[str]:

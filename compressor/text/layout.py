@@ -12,9 +12,6 @@ An underscore within a word does not, and some marks only at the beginning.
 """
 _NUMBERED = re.compile(r"^(\d+)(?=[.)]\s)")
 
-_NAMED = 8
-"""Names that one line of a log shows."""
-
 
 def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Rows of equal length, headings first, as lines with a rule; the first `left` columns start at the same place.
@@ -49,9 +46,3 @@ def escape(text: str) -> str:
     r"""`text` on one line, as Markdown that shows it: no markup, table cell or HTML may begin in it."""
     harmless = printable(text).replace("&", "&amp;").replace("<", "&lt;")
     return _NUMBERED.sub(r"\1\\", _MARKUP.sub(r"\\\g<0>", harmless))
-
-
-def list_names(layers: Sequence[str]) -> str:
-    """Names for a line of the log, the first few of many."""
-    more = len(layers) - _NAMED
-    return ", ".join(layers[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from compressor.errors import InputError, StageError
-from compressor.export.parity import FLOAT_TOLERANCE, relative_error
+from compressor.export.parity import FLOAT_TOLERANCE
 from compressor.export.to_onnx import to_onnx
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import structural_edits
+from compressor.models.outputs import relative_error
 from compressor.pruning.allocation import multiples_of, uniform
 from compressor.pruning.channels import Pruned, prunable_groups, prune_channels
 from compressor.pruning.criteria import magnitude

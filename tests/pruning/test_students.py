@@ -159,7 +159,7 @@ def test_depth_that_does_not_fit_the_model_is_explained(teacher, depth, message)
 
 def test_shorter_network_that_does_not_run_is_refused():
     model = TorchModel(NumberedNetwork().eval(), Reference(factory="test_students:NumberedNetwork"))
-    with pytest.raises(InputError, match="must run on example_inputs with fewer layers in layers, but: IndexError"):
+    with pytest.raises(InputError, match="with fewer layers in layers must run on example_inputs, but: IndexError"):
         shallower(model, DIGITS, depth={"layers": 2})
 
 

@@ -18,7 +18,7 @@ from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.int8_plan import plan_int8
 from compressor.references.reference import Reference
-from compressor.task import Metric, accuracy, evaluate, spread
+from compressor.task import Metric, accuracy, evaluate, evenly_spaced
 
 
 class Dropping(nn.Module):
@@ -144,7 +144,8 @@ def test_regression_is_compared_without_classes(digits_task: Task, tmp_path: Pat
     split = Samples(inputs, inputs[0].mean((1, 2, 3))[:, None])
     task = replace(digits_task, validation=split, metrics=(error,))
     model = TorchModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), Reference(factory="torch.nn:Sequential"))
-    _, found = deploy(int8_of(model.module, task), model.predict, task, tmp_path / "model.onnx", spread(split, 50))
+    int8, rows = int8_of(model.module, task), evenly_spaced(split, 50)
+    _, found = deploy(int8, model.predict, task, tmp_path / "model.onnx", rows)
     assert (found.agreement, found.departures, found.samples) == (None, None, 50)
     assert found.drop == found.deployed_value - found.float_value
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor import OnnxModel, Samples, Task
-from compressor.export.parity import relative_error
 from compressor.export.to_onnx import to_unchecked_onnx
+from compressor.models.outputs import relative_error
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms

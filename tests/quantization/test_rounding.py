@@ -7,7 +7,7 @@ import torch
 from rounded import Rounded, rounded
 from torch import Tensor, nn
 
-from compressor.export.operators import stretch
+from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.layerwise import Layer
 from compressor.quantization.rounding import learn_rounding
 from example_models import SequenceNetwork, SignalNetwork
@@ -71,7 +71,7 @@ def test_outputs_come_nearer_to_the_float_ones_on_other_images(network, images, 
         codes = layer.codes.codes
         assert codes.dtype == torch.int8
         assert codes.abs().max() <= 7
-        ratio = layer.weight / stretch(layer.codes.scale, codes.ndim, layer.codes.channel_axis)
+        ratio = layer.weight / layer.codes.scale.reshape(along_axis(layer.codes.channel_axis, codes.ndim))
         assert (codes - ratio).abs().max() < 1 + 1e-4  # one of the two neighbours; the division rounds
         assert codes.shape == layer.weight.shape
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compressor import Samples, Task
-from compressor.export.parity import relative_error
+from compressor.models.outputs import relative_error
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.codes import Range, WeightCodes
 from compressor.quantization.conversion import affine_of, convert, round_weights

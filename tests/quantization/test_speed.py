@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compressor import Samples, StageContext, Task, TorchModel
-from compressor.export.parity import relative_error
 from compressor.export.to_onnx import to_onnx
+from compressor.models.outputs import relative_error
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms

@@ -10,7 +10,7 @@ from torch import nn
 from compressor import OnnxModel, Samples, Task, TorchModel
 from compressor.errors import StageError
 from compressor.export.operators import pack, unpack
-from compressor.export.parity import relative_error
+from compressor.models.outputs import relative_error
 from compressor.onnx_files.facts import read_facts
 from compressor.quantization.float_graph import float_graph
 from compressor.quantization.weight_blocks import block_codes, plan_weights

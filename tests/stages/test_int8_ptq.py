@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor import OnnxModel, Samples, StageContext, Task, TorchModel
 from compressor.errors import InputError, StageError
-from compressor.export.parity import relative_error
+from compressor.models.outputs import relative_error
 from compressor.references.reference import Reference
 from compressor.stages.int8_ptq import Int8Ptq
 from compressor.task import accuracy, evaluate

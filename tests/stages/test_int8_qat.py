@@ -15,8 +15,8 @@ from torch import nn
 
 from compressor import OnnxModel, Samples, Stage, StageContext, Task, TorchModel
 from compressor.errors import InputError, StageError
-from compressor.export.parity import relative_error
 from compressor.models.kept_zeros import zeros_of
+from compressor.models.outputs import relative_error
 from compressor.references.reference import Reference
 from compressor.stages.int8_ptq import Int8Ptq
 from compressor.stages.int8_qat import Int8Qat
