@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 
 from compressor.errors import StageError
+from compressor.export.operator_table import share_operator_table
 from compressor.export.operators import translations
 from compressor.export.parity import FLOAT_TOLERANCE, check_parity
 from compressor.models.artifact import OnnxModel
@@ -154,7 +155,7 @@ def translate(program: ExportedProgram, task: Task) -> ModelProto:
     """
     inputs = program.graph_signature.user_inputs
     try:
-        with quiet_torch():
+        with quiet_torch(), share_operator_table():
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
