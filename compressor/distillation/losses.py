@@ -313,26 +313,26 @@ class Losses(BaseModel):
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
-        if not self.named:
+        if not self.terms:
             msg = f"losses must name at least one of {', '.join(type(self).model_fields)}"
             raise ValueError(msg)
         return self
 
     @property
-    def named(self) -> dict[str, Loss]:
+    def terms(self) -> dict[str, Loss]:
         """The losses that take part, by name."""
         return {name: loss for name, loss in self if loss is not None}
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight by name of the losses that take part, at `progress` in [0, 1]."""
-        return {name: value_at(loss.weight, progress) for name, loss in self.named.items()}
+        return {name: value_at(loss.weight, progress) for name, loss in self.terms.items()}
 
     @property
     def of_features(self) -> dict[str, FeatureLoss]:
         """Those that look into the models."""
-        return {name: loss for name, loss in self.named.items() if isinstance(loss, FeatureLoss)}
+        return {name: loss for name, loss in self.terms.items() if isinstance(loss, FeatureLoss)}
 
     @property
     def of_responses(self) -> dict[str, ResponseLoss]:
         """Those that compare logits."""
-        return {name: loss for name, loss in self.named.items() if isinstance(loss, ResponseLoss)}
+        return {name: loss for name, loss in self.terms.items() if isinstance(loss, ResponseLoss)}

@@ -23,7 +23,7 @@ def check_fit(
     pairs = layer_pairs(losses, student.module, teacher.module)
     learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=0)
     drawn = draws(training_data(task, losses, seed=0, unlabeled_share=unlabeled_share), batch_size, launched)
-    between = [name for name, loss in losses.named.items() if loss.compares_samples]
+    between = [name for name, loss in losses.terms.items() if loss.compares_samples]
     if between and (drawn.labeled + drawn.unlabeled) // launched < 2:
         msg = f"batch_size must give each process 2 samples, for {', '.join(between)} compare them, got {batch_size}"
         raise InputError(msg)
@@ -60,8 +60,8 @@ def training_data(
 
     Raises InputError for a share of unlabeled samples where the task has none or every loss needs labels.
     """
-    needing = [name for name, loss in losses.named.items() if loss.needs_targets]
-    learns = len(needing) < len(losses.named)
+    needing = [name for name, loss in losses.terms.items() if loss.needs_targets]
+    learns = len(needing) < len(losses.terms)
     if unlabeled_share and task.unlabeled is None:
         msg = f"unlabeled_share is {unlabeled_share}, so the task must have an unlabeled split, but it has none"
         raise InputError(msg)

@@ -189,8 +189,8 @@ def test_weights_are_given_by_name_for_the_losses_that_take_part():
     losses = from_json({"hard": {}, "kd": {"weight": {"start": 1, "end": 0}}, "dist": {"weight": 3}})
     assert losses.weights(0.0) == {"hard": 0.1, "kd": 1.0, "dist": 3.0}
     assert losses.weights(0.25) == {"hard": 0.1, "kd": 0.75, "dist": 3.0}
-    assert list(losses.named) == ["hard", "kd", "dist"]
-    assert isinstance(losses.named["hard"], Hard)
+    assert list(losses.terms) == ["hard", "kd", "dist"]
+    assert isinstance(losses.terms["hard"], Hard)
 
 
 def test_settings_survive_json():
@@ -199,7 +199,7 @@ def test_settings_survive_json():
         | {name: {"layers": {"conv*": "layer?"}, **settings} for name, settings, _ in FEATURES}
         | {"hard": {"weight": {"start": 0, "end": 1, "shape": "cosine"}}}
     )
-    assert set(losses.named) == set(Losses.model_fields)
+    assert set(losses.terms) == set(Losses.model_fields)
     assert Losses.model_validate_json(losses.model_dump_json()) == losses
 
 
