@@ -22,27 +22,25 @@ import digits
 from publish import publish
 
 from compressor.measure.latency import ratio_interval
+from compressor.models.artifact import TorchModel
 from compressor.records.environment import environment
+from compressor.references.reference import Reference
+from compressor.stage import StageContext
 from compressor.task import Task, cross_entropy
-from compressor.training.fit import LabelLoss, Optimizer, fit
+from compressor.training.fit import fit
+from compressor.training.objective import LabelLoss
 from compressor.training.sampling import TrainingData
+from compressor.training.settings import TrainingSettings
 
 ROUNDS, EPOCHS, BATCH_SIZE = 15, 8, 64
+NETWORK = Reference(factory="digits:student")
 
 
 def by_fit(module: nn.Module, task: Task) -> nn.Module:
     """Train with `fit`."""
-    return fit(
-        module,
-        LabelLoss(cross_entropy),
-        TrainingData(task.train),
-        epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-        optimizer=Optimizer(),
-        seed=0,
-        device=torch.device("cpu"),
-        log=lambda _line: None,
-    )
+    context = StageContext(TorchModel(module, NETWORK), torch.device("cpu"), 0, Path(), lambda _line: None)
+    settings = TrainingSettings(epochs=EPOCHS, batch_size=BATCH_SIZE)
+    return fit(module, LabelLoss(cross_entropy), TrainingData(task.train), settings, context)
 
 
 def by_hand(module: nn.Module, task: Task) -> nn.Module:
@@ -75,8 +73,7 @@ def seconds(train: Callable[[nn.Module, Task], nn.Module], module: nn.Module, ta
 def main() -> None:
     """Measure, print and write the result."""
     torch.set_num_threads(1)  # one core each: the other may be busy
-    torch.manual_seed(0)
-    task, module = digits.task(), digits.student()
+    task, module = digits.task(), TorchModel.build(NETWORK, seed=0).module
     for train in (by_fit, by_hand):
         train(module, task)
     ratios = []

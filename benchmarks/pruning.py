@@ -32,7 +32,8 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 import cifar10
 from publish import publish
 
-from compressor.distillation.recovery import Recovery, recover
+from compressor.distillation.recovery import recover
+from compressor.distillation.settings import DistillationSettings
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.latency import time_models
 from compressor.measure.model import measure
@@ -162,7 +163,7 @@ def point(seed: int, method: str, factor: int, *, data_dir: Path, kept: Path) ->
     if not file.exists() or json.loads(file.read_text())["settings"] != settings:
         task, dense = cifar10.task(data_dir), stored(kept / f"dense{seed}")
         whose = "torch_pruning" if method == "torch_pruning" else "compressor"
-        recovery = Recovery.model_validate_json(json.dumps(RECOVERIES[method]))
+        recovery = DistillationSettings.model_validate_json(json.dumps(RECOVERIES[method]))
         start = time.perf_counter()
         model = recover(stored(kept / f"cut_{whose}_{factor}"), recovery, task, context(dense, directory, seed))
         seconds = time.perf_counter() - start

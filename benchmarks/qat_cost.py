@@ -20,15 +20,20 @@ from cifar10 import ResNet
 from publish import publish
 
 from compressor.measure.latency import ratio_interval
+from compressor.models.artifact import TorchModel
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.float_graph import float_graph
 from compressor.quantization.int8_plan import plan_int8
 from compressor.quantization.simulation import simulate
 from compressor.quantization.targets import TARGETS
 from compressor.records.environment import environment
+from compressor.references.reference import Reference
+from compressor.stage import StageContext
 from compressor.task import Samples, Task, cross_entropy
-from compressor.training.fit import LabelLoss, Optimizer, fit
+from compressor.training.fit import fit
+from compressor.training.objective import LabelLoss
 from compressor.training.sampling import TrainingData
+from compressor.training.settings import TrainingSettings
 
 ROUNDS, STEPS, BATCH_SIZE = 15, 4, 128
 
@@ -49,18 +54,11 @@ def models(task: Task) -> dict[str, nn.Module]:
 
 def seconds(module: nn.Module, task: Task) -> float:
     """Time of one epoch."""
+    network = TorchModel(module, Reference(factory="cifar10:ResNet"))
+    context = StageContext(network, torch.device("cpu"), 0, Path(), lambda _line: None)
+    settings = TrainingSettings(epochs=1, batch_size=BATCH_SIZE)
     start = time.perf_counter()
-    fit(
-        module,
-        LabelLoss(cross_entropy),
-        TrainingData(task.train),
-        epochs=1,
-        batch_size=BATCH_SIZE,
-        optimizer=Optimizer(),
-        seed=0,
-        device=torch.device("cpu"),
-        log=lambda _line: None,
-    )
+    fit(module, LabelLoss(cross_entropy), TrainingData(task.train), settings, context)
     return time.perf_counter() - start
 
 

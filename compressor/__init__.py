@@ -6,9 +6,11 @@ The public names load on first use, so that `import compressor` costs no torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor.distillation.distil import Student as Student
     from compressor.distillation.distil import distil as distil
     from compressor.distillation.losses import Losses as Losses
     from compressor.distillation.response import distillation_loss as distillation_loss
+    from compressor.distillation.settings import DistillationSettings as DistillationSettings
     from compressor.models.artifact import Artifact as Artifact
     from compressor.models.artifact import OnnxModel as OnnxModel
     from compressor.models.artifact import TorchModel as TorchModel
@@ -30,32 +32,38 @@ if TYPE_CHECKING:
     from compressor.task import Samples as Samples
     from compressor.task import Task as Task
     from compressor.task import accuracy as accuracy
-    from compressor.training.fit import LabelLoss as LabelLoss
     from compressor.training.fit import fit as fit
+    from compressor.training.objective import LabelLoss as LabelLoss
     from compressor.training.sampling import TrainingData as TrainingData
+    from compressor.training.settings import Optimizer as Optimizer
+    from compressor.training.settings import TrainingSettings as TrainingSettings
 
 _HOMES = {
     "Artifact": "models.artifact",
     "Attachment": "models.attachment",
     "Augmentation": "task",
     "Batch": "task",
+    "DistillationSettings": "distillation.settings",
     "Document": "records.findings",
     "Edit": "models.edits",
     "EpochLosses": "records.findings",
     "Finding": "records.findings",
     "Inputs": "task",
-    "LabelLoss": "training.fit",
+    "LabelLoss": "training.objective",
     "Losses": "distillation.losses",
     "Metric": "task",
     "OnnxModel": "models.artifact",
+    "Optimizer": "training.settings",
     "Reached": "records.findings",
     "Reference": "references.reference",
     "Samples": "task",
     "Stage": "stage",
     "StageContext": "stage",
+    "Student": "distillation.distil",
     "Task": "task",
     "TorchModel": "models.artifact",
     "TrainingData": "training.sampling",
+    "TrainingSettings": "training.settings",
     "accuracy": "task",
     "distil": "distillation.distil",
     "distillation_loss": "distillation.response",

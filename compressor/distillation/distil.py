@@ -11,62 +11,63 @@ from compressor.distillation.answering import origin_of
 from compressor.distillation.learner import Pairs, layer_pairs, learner
 from compressor.distillation.losses import Kd, Losses
 from compressor.distillation.panel import Combine, Panel, combine_of, logit_losses
+from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import training_data
 from compressor.distillation.teachers import LiveTeacher, StoredTeacher, Teacher, absent_teacher
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import members_of
+from compressor.models.kept_zeros import zeros_of
 from compressor.models.soft_label_file import SoftLabelFile
-from compressor.records.findings import EpochLosses
 from compressor.stage import StageContext
 from compressor.task import Task
-from compressor.training.fit import Optimizer, fit
+from compressor.training.fit import fit
 from compressor.training.sampling import TrainingBatch
 
 
+@final
+@dataclass(frozen=True)
+class Student:
+    """What learns: a module, whose copy is trained, and the names of its parameters whose zeros stay."""
+
+    module: nn.Module
+    zeros: Collection[str] = ()
+
+    @classmethod
+    def of(cls, model: TorchModel) -> "Student":
+        """Take a model, which promises its zeros."""
+        return cls(model.module, tuple(zeros_of(model)))
+
+
 def distil(
-    student: nn.Module,
+    student: Student,
     teacher: TorchModel,
     task: Task,
+    settings: DistillationFields,
     context: StageContext,
     *,
-    losses: Losses,
-    combine: Combine | None,
-    unlabeled_share: float | None,
-    epochs: int,
-    batch_size: int,
-    optimizer: Optimizer,
-    zeros: Collection[str] = (),
     first_epoch: int = 0,
 ) -> nn.Module:
-    """Return a copy of `student` trained to lower `losses` against `teacher`.
+    """Return a copy of the student's module, trained to lower `settings.losses` against `teacher`.
 
-    The teacher's soft labels are read if it has them and no loss looks into the models; else it runs on the student's
-    own view of each batch. `combine` is that of the ensemble unless given. `unlabeled_share` is the part of each batch
-    that `task.unlabeled` fills, a half unless given; those samples take part in the losses that need no label. `zeros`
-    names parameters of the student whose zeros stay; `first_epoch` epochs of samples count as seen.
+    The teacher's soft labels are read if it has them and no loss looks into the models. Else the teacher runs on the
+    student's own view of each batch. Unlabeled samples take part in the losses that need no label. `first_epoch` epochs
+    of samples count as seen.
 
-    Raises InputError, before any training, if a layer is not there, features cannot be compared, or the soft labels
-    are those of another teacher or other data; and what `fit` raises.
+    Raises InputError, before any training, if a layer is not there, if features cannot be compared, or if the soft
+    labels are those of another teacher or other data. Raises what `fit` raises.
     """
-    pairs = layer_pairs(losses, student, teacher.module)
-    combine = combine or combine_of(teacher.module)
+    losses, combine = settings.losses, settings.combine or combine_of(teacher.module)
+    pairs = layer_pairs(losses, student.module, teacher.module)
     source = _teacher(teacher, task, context, losses, pairs, combine=combine)
+    panel = Panel(tuple(weight for _, weight in members_of(teacher.module)), combine)
     views = source.labels.origin.views if isinstance(source, StoredTeacher) else None
     trained = fit(
-        learner(student, teacher.module, losses, pairs, task.example_inputs, seed=context.seed),
-        DistillationObjective(
-            losses, pairs, source, Panel(tuple(weight for _, weight in members_of(teacher.module)), combine), task
-        ),
-        training_data(task, losses, seed=context.seed, unlabeled_share=unlabeled_share, views=views),
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        seed=context.seed,
-        device=context.device,
-        log=context.log,
-        record=lambda means: context.report(EpochLosses(means=means)),
-        zeros=[f"student.{name}" for name in zeros],
-        first_epoch=first_epoch,
+        learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=context.seed),
+        DistillationObjective(losses, pairs, source, panel, task),
+        training_data(task, settings, seed=context.seed, views=views, first_epoch=first_epoch),
+        settings,
+        context,
+        zeros=[f"student.{name}" for name in student.zeros],
     )
     return trained.get_submodule("student")
 

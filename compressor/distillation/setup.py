@@ -2,6 +2,7 @@
 
 from compressor.distillation.learner import layer_pairs, learner
 from compressor.distillation.losses import Losses
+from compressor.distillation.settings import DistillationFields
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
 from compressor.system.processes import launched
@@ -9,23 +10,17 @@ from compressor.task import Task, batches
 from compressor.training.sampling import TrainingData, draws
 
 
-def check_fit(
-    student: TorchModel,
-    teacher: TorchModel,
-    task: Task,
-    losses: Losses,
-    *,
-    unlabeled_share: float | None,
-    batch_size: int,
-) -> None:
+def check_fit(student: TorchModel, teacher: TorchModel, task: Task, settings: DistillationFields) -> None:
     """Raise InputError for what would stop a student before its first step, or let it learn nothing."""
+    losses = settings.losses
     check_outputs(student, teacher, task, losses)
     pairs = layer_pairs(losses, student.module, teacher.module)
     learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=0)
-    drawn = draws(training_data(task, losses, seed=0, unlabeled_share=unlabeled_share), batch_size, launched)
+    drawn = draws(training_data(task, settings, seed=0), settings.batch_size, launched)
     between = [name for name, loss in losses.terms.items() if loss.compares_samples]
     if between and (drawn.labeled + drawn.unlabeled) // launched < 2:
-        msg = f"batch_size must give each process 2 samples, for {', '.join(between)} compare them, got {batch_size}"
+        names = ", ".join(between)
+        msg = f"batch_size must give each process 2 samples, for {names} compare them, got {settings.batch_size}"
         raise InputError(msg)
 
 
@@ -54,21 +49,22 @@ def check_outputs(student: TorchModel, teacher: TorchModel, task: Task, losses: 
 
 
 def training_data(
-    task: Task, losses: Losses, *, seed: int, unlabeled_share: float | None, views: int | None = None
+    task: Task, settings: DistillationFields, *, seed: int, views: int | None = None, first_epoch: int = 0
 ) -> TrainingData:
-    """What a student with `losses` learns from: `task.train` and, if a loss needs no label, `task.unlabeled`.
+    """What a student learns from: `task.train` and, if a loss needs no label, `task.unlabeled`.
 
     Raises InputError for a share of unlabeled samples where the task has none or every loss needs labels.
     """
-    needing = [name for name, loss in losses.terms.items() if loss.needs_targets]
-    learns = len(needing) < len(losses.terms)
-    if unlabeled_share and task.unlabeled is None:
-        msg = f"unlabeled_share is {unlabeled_share}, so the task must have an unlabeled split, but it has none"
+    terms, asked = settings.losses.terms, settings.unlabeled_share
+    needing = [name for name, loss in terms.items() if loss.needs_targets]
+    learns = len(needing) < len(terms)
+    if asked and task.unlabeled is None:
+        msg = f"unlabeled_share is {asked}, so the task must have an unlabeled split, but it has none"
         raise InputError(msg)
-    if unlabeled_share and not learns:
-        msg = f"unlabeled_share is {unlabeled_share}, but {', '.join(needing)} need labels; add a loss such as kd"
+    if asked and not learns:
+        msg = f"unlabeled_share is {asked}, but {', '.join(needing)} need labels; add a loss such as kd"
         raise InputError(msg)
-    share = 0.0 if task.unlabeled is None or not learns else 0.5 if unlabeled_share is None else unlabeled_share
+    share = 0.0 if task.unlabeled is None or not learns else 0.5 if asked is None else asked
     return TrainingData(
         task.train,
         task.unlabeled if share else None,
@@ -76,4 +72,5 @@ def training_data(
         augmentation=task.augmentation,
         seed=seed,
         views=views,
+        first_epoch=first_epoch,
     )

@@ -6,9 +6,8 @@ from typing import Annotated, Self, final
 
 from pydantic import Field, model_validator
 
-from compressor.distillation.distil import distil
-from compressor.distillation.losses import Hard, Kd, Losses
-from compressor.distillation.panel import Combine
+from compressor.distillation.distil import Student, distil
+from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import check_fit, check_outputs
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import zeros_of
@@ -17,11 +16,10 @@ from compressor.pruning.students import narrower, reborn, shallower
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
-from compressor.training.fit import Optimizer
 
 
 @final
-class Distillation(Stage[TorchModel, TorchModel]):
+class Distillation(DistillationFields, Stage[TorchModel, TorchModel]):
     """Train a student to give the answers of the model that enters; the student leaves."""
 
     student: Reference | None = None
@@ -35,18 +33,9 @@ class Distillation(Stage[TorchModel, TorchModel]):
     """With `width`, channels are kept in multiples of this; 8 unless given."""
     teacher: Reference | None = None
     """Builds another teacher than the model that enters, such as an ensemble: `compressor:ensemble`."""
-    combine: Combine | None = None
-    """How the members of an ensemble teach: as one, by the mean of probabilities or logits, or each on its own. As the
-    ensemble itself answers unless given."""
     generations: int = Field(default=1, gt=0)
-    """How often a student becomes the teacher of a new one of its kind (Furlanello et al. 2018, arXiv 1805.04770)."""
-    losses: Losses = Losses(kd=Kd(), hard=Hard())
-    unlabeled_share: float | None = Field(default=None, ge=0, lt=1)
-    """Part of each batch that comes from the task's unlabeled samples; a half unless given, if the task has any."""
-    epochs: int = Field(gt=0)
-    """Of each generation. An epoch draws as many samples as there are, the unlabeled ones among them."""
-    batch_size: int = Field(default=128, gt=0)
-    optimizer: Optimizer = Optimizer()
+    """How often a student becomes the teacher of a new one of its kind (Furlanello et al. 2018, arXiv 1805.04770). Each
+    is trained for `epochs`."""
 
     @model_validator(mode="after")
     def _has_one_student(self) -> Self:
@@ -62,8 +51,7 @@ class Distillation(Stage[TorchModel, TorchModel]):
         """Make the student and find the layers that losses name."""
         teacher = model if self.teacher is None else TorchModel.build(self.teacher, seed=0)
         student = self._student(model, task, seed=0)
-        share, size = self.unlabeled_share, self.batch_size
-        check_fit(student, teacher, task, self.losses, unlabeled_share=share, batch_size=size)
+        check_fit(student, teacher, task, self)
         return student
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
@@ -83,20 +71,7 @@ class Distillation(Stage[TorchModel, TorchModel]):
             if generation > 0:
                 teacher, student = student, reborn(student, seed=now.seed + 1)
             check_outputs(student, teacher, task, self.losses)
-            trained = distil(
-                student.module,
-                teacher,
-                task,
-                now,
-                losses=self.losses,
-                combine=self.combine,
-                unlabeled_share=self.unlabeled_share,
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                optimizer=self.optimizer,
-                zeros=zeros_of(student),
-            )
-            student = student.with_module(trained)
+            student = student.with_module(distil(Student.of(student), teacher, task, self, now))
         return student
 
     def _student(self, model: TorchModel, task: Task, *, seed: int) -> TorchModel:

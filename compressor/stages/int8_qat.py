@@ -7,9 +7,9 @@ from typing import Self, final
 from pydantic import Field, model_validator
 from torch.fx import GraphModule
 
-from compressor.distillation.distil import distil
+from compressor.distillation.distil import Student, distil
 from compressor.distillation.losses import Hard, Kd, Losses
-from compressor.distillation.panel import Combine
+from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import check_fit
 from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.models.kept_zeros import zeros_of
@@ -29,11 +29,11 @@ from compressor.report.int8_summary import describe_deployment
 from compressor.stage import Stage, StageContext
 from compressor.system.processes import broadcast, processes
 from compressor.task import Task, evenly_spaced
-from compressor.training.fit import Optimizer
+from compressor.training.settings import Optimizer
 
 
 @final
-class Int8Qat(Stage[TorchModel, OnnxModel]):
+class Int8Qat(DistillationFields, Stage[TorchModel, OnnxModel]):
     """Train with weights and activations rounded as int8 rounds them, then quantize: same operators as `int8_ptq`.
 
     It distils from the baseline unless `losses` names `hard` alone. Dropout takes no part.
@@ -48,18 +48,12 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
     """As in `int8_ptq`; from there on ranges follow the smallest and largest values of batches, until the freeze."""
     validation_samples: int = Field(default=1000, gt=0)
     """As in `int8_ptq`."""
-    epochs: int = Field(gt=0)
     freeze: float = Field(default=1.0, ge=0, le=1)
     """Share of the epochs, the last, rounded up, in which BatchNorm's statistics and the ranges stand still, so that
     weights settle to the numbers that the int8 model has. At 1 they stay what they were at the start, which is best for
     a few epochs; less lets them follow the weights at first."""
     losses: Losses = Losses(kd=Kd(), hard=Hard())
     """Of outputs alone: the layers of a graph that is traced have no names."""
-    combine: Combine | None = None
-    """How the members of an ensemble teach, if the baseline is one; as the ensemble itself answers unless given."""
-    unlabeled_share: float | None = Field(default=None, ge=0, lt=1)
-    """Part of each batch that comes from the task's unlabeled samples; a half unless given, if the task has any."""
-    batch_size: int = Field(default=128, gt=0)
     optimizer: Optimizer = Optimizer(learning_rate=1e-4)
     """Its schedule begins where the freeze does: until then the step size stays at `learning_rate`."""
 
@@ -78,8 +72,7 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
         """Plan what becomes int8, and compare the model with what training asks."""
         calibration_samples(task.calibration, self.calibration_samples)
         prepare_plan(float_graph(model.module, task), lambda _line: None)
-        share, size = self.unlabeled_share, self.batch_size
-        check_fit(model, reference, task, self.losses, unlabeled_share=share, batch_size=size)
+        check_fit(model, reference, task, self)
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
         """Return the int8 model in ONNX; `log` is told how far its outputs are from the float model's.
@@ -121,20 +114,9 @@ class Int8Qat(Stage[TorchModel, OnnxModel]):
             if not epochs:
                 continue
             simulation = simulate(graph, plan, ranges, TARGETS[self.target].weight_limit, live=live)
-            trained = distil(
-                simulation,
-                context.reference,
-                task,
-                context,
-                losses=self.losses,
-                combine=self.combine,
-                unlabeled_share=self.unlabeled_share,
-                epochs=epochs,
-                batch_size=self.batch_size,
-                optimizer=optimizer,
-                zeros=_zeros(graph, model),
-                first_epoch=0 if live else self.epochs - frozen,
-            )
+            settings = self.model_copy(update={"epochs": epochs, "optimizer": optimizer})
+            student, first = Student(simulation, _zeros(graph, model)), 0 if live else self.epochs - frozen
+            trained = distil(student, context.reference, task, settings, context, first_epoch=first)
             assert isinstance(trained, GraphModule)
             graph, ranges = copy_graph(graph, trained), read_ranges(trained) if live else ranges
         return graph, ranges

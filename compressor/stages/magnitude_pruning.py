@@ -9,7 +9,8 @@ from typing import Literal, Self, final
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressor.distillation.recovery import Recovery, check_recovery, recover
+from compressor.distillation.recovery import check_recovery, recover
+from compressor.distillation.settings import DistillationSettings
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import structural_edits
 from compressor.pruning.allocation import (
@@ -66,7 +67,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     """Paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`."""
     schedule: Schedule | None = None
     """With `recovery`: prune in steps, with an epoch of it after each but the last; all at once unless given."""
-    recovery: Recovery | None = None
+    recovery: DistillationSettings | None = None
+    """Training after pruning, by distillation from the baseline unless `losses` names `hard` alone."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:

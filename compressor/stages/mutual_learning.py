@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine, Panel, logit_losses
+from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import check_fit, check_outputs, training_data
 from compressor.models.artifact import TorchModel
-from compressor.records.findings import EpochLosses
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.task import Inputs, Task
-from compressor.training.fit import Optimizer, fit
+from compressor.training.fit import fit
 from compressor.training.sampling import TrainingBatch
 
 
 @final
-class MutualLearning(Stage[TorchModel, TorchModel]):
+class MutualLearning(DistillationFields, Stage[TorchModel, TorchModel]):
     """Train students that teach each other (deep mutual learning, Zhang et al. 2018); the first one leaves."""
 
     makes_baseline: ClassVar[bool] = True
@@ -32,11 +32,6 @@ class MutualLearning(Stage[TorchModel, TorchModel]):
     """What each student makes of the labels and of its peers' answers."""
     combine: Combine = "separate"
     """How the peers of a student teach it, if there are several."""
-    unlabeled_share: float | None = Field(default=None, ge=0, lt=1)
-    """Part of each batch that comes from the task's unlabeled samples; a half unless given, if the task has any."""
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(default=128, gt=0)
-    optimizer: Optimizer = Optimizer()
 
     @model_validator(mode="after")
     def _compares_answers(self) -> Self:
@@ -48,24 +43,19 @@ class MutualLearning(Stage[TorchModel, TorchModel]):
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:  # noqa: ARG002  # not used
         """Build the students and return the first."""
         first, *others = self._students(model, task, seed=0)
-        share, size = self.unlabeled_share, self.batch_size
-        check_fit(first, others[0], task, self.losses, unlabeled_share=share, batch_size=size)
+        check_fit(first, others[0], task, self)
         return first
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return the first student. Raises InputError if outputs differ in shape from the entering model's."""
         students = self._students(model, task, seed=context.seed)
+        panel = Panel((1 / (len(students) - 1),) * (len(students) - 1), self.combine)
         trained = fit(
             Peers([student.module for student in students]),
-            MutualObjective(self.losses, Panel((1 / (len(students) - 1),) * (len(students) - 1), self.combine), task),
-            training_data(task, self.losses, seed=context.seed, unlabeled_share=self.unlabeled_share),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            seed=context.seed,
-            device=context.device,
-            log=context.log,
-            record=lambda means: context.report(EpochLosses(means=means)),
+            MutualObjective(self.losses, panel, task),
+            training_data(task, self, seed=context.seed),
+            self,
+            context,
         )
         return students[0].with_module(trained.get_submodule("students.0"))
 

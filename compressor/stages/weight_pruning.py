@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressor.distillation.recovery import Recovery, check_recovery, recover
+from compressor.distillation.recovery import check_recovery, recover
+from compressor.distillation.settings import DistillationSettings
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import KeptZeros, zeros_of
@@ -46,7 +47,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     """With `sparsity` and `recovery`: prune in steps; all at once unless given."""
     protect: tuple[str, ...] = ()
     """Paths of layers that stay as they are with all below them; `*` and `**` as in `losses`."""
-    recovery: Recovery | None = None
+    recovery: DistillationSettings | None = None
+    """Training after pruning, by distillation from the baseline unless `losses` names `hard` alone."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:

@@ -32,8 +32,9 @@ class TrainingBatch(NamedTuple):
 class TrainingData:
     """Samples to learn from: a labeled split and, making up `unlabeled_share` of each batch, one without labels.
 
-    `augmentation` shows a sample in another view each time it is drawn, or in turns in `views` of them if that is
-    given; `seed` chooses them. In `unlabeled` only targets of -100 mean anything: those tokens do not count.
+    `augmentation` shows a sample in another view each time it is drawn; `seed` chooses the views. With `views` there
+    are so many of them, which take turns. `first_epoch` epochs of samples count as seen: order and views go on from
+    there. In `unlabeled` only targets of -100 mean anything: those tokens do not count.
     """
 
     labeled: Split
@@ -42,6 +43,7 @@ class TrainingData:
     augmentation: Augmentation | None = None
     seed: int = 0
     views: int | None = None
+    first_epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
@@ -100,21 +102,20 @@ def training_batches(
     *,
     epochs: int,
     seed: int,
-    first_epoch: int = 0,
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[TrainingBatch]:
     """Yield this process's share of each batch of each epoch; `seed` chooses the order.
 
-    Every epoch draws each split in another order, and goes through it again in yet another if it needs more samples
-    than the split has. `first_epoch` epochs are passed over.
+    Every epoch draws each split in another order. If an epoch needs more samples than the split has, it goes through
+    the split again, in yet another order. The first `data.first_epoch` epochs are passed over.
     """
     generator = torch.Generator().manual_seed(seed)
     first = len(data.labeled)
-    for epoch in range(first_epoch + epochs):
+    for epoch in range(data.first_epoch + epochs):
         labeled = _order(first, drawn.steps * drawn.labeled, epoch, generator)
         unlabeled = _order(len(data) - first, drawn.steps * drawn.unlabeled, epoch, generator)
-        if epoch < first_epoch:
+        if epoch < data.first_epoch:
             continue
         for step in range(drawn.steps):
             rows, views = labeled[:, step * drawn.labeled : (step + 1) * drawn.labeled][:, process::processes]

@@ -11,15 +11,16 @@ from torch import nn
 
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.answering import answer, check_replayable, data_of, origin_of
-from compressor.distillation.distil import distil
+from compressor.distillation.distil import Student, distil
 from compressor.distillation.losses import Losses
+from compressor.distillation.settings import DistillationSettings
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import Ensemble
 from compressor.models.soft_label_file import FILE_NAME, SoftLabelFile
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.training.fit import Optimizer
+from compressor.training.settings import Optimizer
 from networks import PlainNetwork, ResidualNetwork
 
 CPU = torch.device("cpu")
@@ -75,15 +76,9 @@ def learned(student: nn.Module, model: TorchModel, task: Task, **changes) -> tor
     """Weights of `student` after four epochs with `model` as its teacher."""
     lines: list[str] = []
     context = StageContext(model, CPU, 0, Path(), lines.append)
-    settings = {
-        "losses": Losses(kd={}, hard={}),
-        "combine": "mean_probability",
-        "unlabeled_share": None,
-        "epochs": 4,
-        "batch_size": 128,
-        "optimizer": Optimizer(name="sgd", learning_rate=0.05),
-    }
-    trained = distil(student, model, task, context, **{**settings, **changes})
+    asked = {"epochs": 4, "batch_size": 128, "optimizer": Optimizer(name="sgd", learning_rate=0.05), **changes}
+    settings = DistillationSettings(losses=Losses(kd={}, hard={}), **asked)
+    trained = distil(Student(student), model, task, settings, context)
     assert any("read from soft labels" in line for line in lines) == (model.attachment(SoftLabelFile) is not None)
     return torch.cat([parameter.detach().flatten() for parameter in trained.parameters()])
 

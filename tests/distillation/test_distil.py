@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor import Augmentation, Samples, Task
-from compressor.distillation.distil import DistillationObjective, distil
+from compressor.distillation.distil import DistillationObjective, Student, distil
 from compressor.distillation.learner import Learner, layer_pairs, learner
 from compressor.distillation.losses import Losses
 from compressor.distillation.panel import Panel
+from compressor.distillation.settings import DistillationSettings
 from compressor.distillation.setup import check_fit, training_data
 from compressor.distillation.teachers import LiveTeacher
 from compressor.errors import InputError
@@ -19,8 +21,9 @@ from compressor.export.to_onnx import to_onnx
 from compressor.models.artifact import TorchModel
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.training.fit import Optimizer, fit
+from compressor.training.fit import fit
 from compressor.training.sampling import TrainingBatch, TrainingData
+from compressor.training.settings import Optimizer, TrainingSettings
 
 CPU = torch.device("cpu")
 SGD = Optimizer(name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0, schedule="constant", warmup=0.0)
@@ -68,28 +71,24 @@ LINEAR, ROWS, FORGETFUL = (
 )
 
 
+def asking(losses, **changes) -> DistillationSettings:
+    return DistillationSettings(**{"losses": losses, "epochs": 1, "batch_size": 64, **changes})
+
+
 class Distillation:
     """A call of `distil`, with what it logs and records."""
 
-    def __init__(self, student: nn.Module, teacher: TorchModel, task: Task, work_dir, losses, **changes) -> None:
+    def __init__(self, student: TorchModel, teacher: TorchModel, task: Task, work_dir, losses, **changes) -> None:
         self.lines: list[str] = []
         self.epochs: list[dict[str, float]] = []
-        self.models = student, teacher, task
+        self.models = Student.of(student), teacher, task
         self.context = StageContext(
             teacher, CPU, 0, work_dir, self.lines.append, lambda told: self.epochs.append(told.means)
         )
-        self.settings = {
-            "losses": Losses.model_validate(losses),
-            "combine": "mean_probability",
-            "unlabeled_share": None,
-            "epochs": 1,
-            "batch_size": 64,
-            "optimizer": Optimizer(),
-            **changes,
-        }
+        self.settings = asking(losses, **changes)
 
     def run(self) -> "Distillation":
-        self.module = distil(*self.models, self.context, **self.settings)
+        self.module = distil(*self.models, self.settings, self.context)
         return self
 
 
@@ -143,7 +142,7 @@ def whole_batch(split: Samples) -> TrainingBatch:
 
 def test_student_that_is_its_teacher_has_no_loss_and_stays(distilled):
     teacher = TorchModel.build(SEQUENCE, seed=0)
-    found = distilled(teacher.module, teacher, {"kd": {"weight": 1.0}}, epochs=3, optimizer=SGD)
+    found = distilled(teacher, teacher, {"kd": {"weight": 1.0}}, epochs=3, optimizer=SGD)
     # Gradients p - q of equal logits are rounding, 1e-7, over 57 steps of size 0.1.
     torch.testing.assert_close(parameters(found.module), parameters(teacher.module), rtol=0, atol=1e-6)
     assert found.epochs[0]["kd"] == pytest.approx(0, abs=1e-6)
@@ -152,7 +151,7 @@ def test_student_that_is_its_teacher_has_no_loss_and_stays(distilled):
 def test_teacher_and_student_are_left_as_they_were(distilled):
     teacher, student = (TorchModel.build(reference, seed=0) for reference in (PLAIN, RESIDUAL))
     before = [copy.deepcopy(model.module.state_dict()) for model in (teacher, student)]
-    distilled(student.module, teacher, {"kd": {}, "hard": {}, **HINT})
+    distilled(student, teacher, {"kd": {}, "hard": {}, **HINT})
     for model, state in zip((teacher, student), before, strict=True):
         assert not model.module.training
         assert all(parameter.requires_grad for parameter in model.module.parameters())
@@ -163,7 +162,7 @@ def test_teacher_and_student_are_left_as_they_were(distilled):
 def test_first_step_has_the_loss_of_the_formula(digits_task, distilled):
     task = few(digits_task, 100)
     student, teacher = (TorchModel.build(LINEAR, seed=seed) for seed in (0, 1))
-    found = distilled(student.module, teacher, {"kd": {"temperature": 2.0}, "hard": {}}, task=task, batch_size=100)
+    found = distilled(student, teacher, {"kd": {"temperature": 2.0}, "hard": {}}, task=task, batch_size=100)
     logits, theirs = (model.predict(task.train.inputs) for model in (student, teacher))
     expected = {
         "hard": F.cross_entropy(logits, task.train.targets).item(),
@@ -176,7 +175,7 @@ def test_teacher_sees_the_view_that_the_student_sees(digits_task, distilled):
     turned = Augmentation(1, lambda inputs, _: (inputs[0].flip(3),))
     task = replace(few(digits_task, 100), augmentation=turned)
     student, teacher = (TorchModel.build(LINEAR, seed=seed) for seed in (0, 1))
-    found = distilled(student.module, teacher, {"kd": {"temperature": 2.0}}, task=task, batch_size=100)
+    found = distilled(student, teacher, {"kd": {"temperature": 2.0}}, task=task, batch_size=100)
     views = (task.train.inputs[0].flip(3),)
     expected = kd(student.predict(views), teacher.predict(views), 2.0).mean().item()
     assert found.epochs[0]["kd"] == pytest.approx(expected, rel=1e-4)
@@ -187,7 +186,7 @@ def test_teacher_answers_as_in_evaluation_whatever_its_mode(digits_task, distill
     student, teacher = TorchModel.build(LINEAR, seed=0), TorchModel.build(PLAIN, seed=1)
     answers = teacher.predict(task.train.inputs)
     teacher.module.train()
-    found = distilled(student.module, teacher, {"kd": {}}, task=task, batch_size=100)
+    found = distilled(student, teacher, {"kd": {}}, task=task, batch_size=100)
     expected = kd(student.predict(task.train.inputs), answers, 4.0).mean().item()
     assert found.epochs == [{"kd": pytest.approx(expected, rel=1e-4)}]
     assert teacher.module.bn1.num_batches_tracked == 0
@@ -199,7 +198,7 @@ def test_student_answers_as_its_teacher_does_at_temperature_1(digits_task, disti
     student = TorchModel.build(LINEAR, seed=0)
     losses = {"kd": {"temperature": 4.0, "weight": 1.0}}
     settings = {"epochs": 30, "optimizer": Optimizer(learning_rate=2e-2, weight_decay=0.0)}
-    trained = distilled(student.module, teacher, losses, **settings).module
+    trained = distilled(student, teacher, losses, **settings).module
     images = digits_task.test.inputs[0]
     with torch.no_grad():
         answers, theirs = F.softmax(trained(images), dim=1), F.softmax(teacher.module(images), dim=1)
@@ -210,7 +209,7 @@ def test_student_answers_as_its_teacher_does_at_temperature_1(digits_task, disti
 
 def test_distilled_model_is_its_own_forward_and_nothing_else(digits_task, distilled, tmp_path):
     student, teacher = TorchModel.build(RESIDUAL, seed=0), TorchModel.build(PLAIN, seed=0)
-    trained = distilled(student.module, teacher, {"kd": {"temperature": 8.0}, "hard": {}, **HINT}).module
+    trained = distilled(student, teacher, {"kd": {"temperature": 8.0}, "hard": {}, **HINT}).module
     fresh = TorchModel.build(RESIDUAL, seed=5).module
     assert type(trained) is type(fresh)
     assert not trained.training
@@ -229,7 +228,7 @@ def test_without_a_loss_that_asks_the_teacher_it_is_not_run(distilled):
             raise AssertionError
 
     teacher = TorchModel(Refusing(), LINEAR)
-    student = TorchModel.build(LINEAR, seed=0).module
+    student = TorchModel.build(LINEAR, seed=0)
     found = distilled(student, teacher, {"hard": {}})
     assert list(found.epochs[0]) == ["hard"]
 
@@ -259,8 +258,8 @@ def test_weights_follow_their_course_from_the_first_step_to_the_last(digits_task
     losses = {"kd": {"weight": {"start": 1.0, "end": 0.0}}, "hard": {"weight": {"start": 0.0, "end": 2.0}}}
     agreement, learning = objective(losses, student.module, teacher, digits_task)
     recorded = Recorded(agreement)
-    settings = {"epochs": 2, "batch_size": 256, "optimizer": SGD, "seed": 0, "device": CPU, "log": lambda _line: None}
-    fit(learning, recorded, TrainingData(digits_task.train), **settings)
+    settings = TrainingSettings(epochs=2, batch_size=256, optimizer=SGD)
+    fit(learning, recorded, TrainingData(digits_task.train), settings, StageContext(teacher, CPU, 0, Path(), print))
     steps = 8
     assert recorded.progress == [step / (steps - 1) for step in range(steps)]
     assert recorded.given[0] == {"hard": 0.0, "kd": 1.0}
@@ -276,7 +275,7 @@ def test_course_that_stays_gives_the_weights_of_the_constant_and_one_that_moves_
 
     def trained(value) -> Tensor:
         losses = {"kd": {setting: value}, "hard": {"weight": 0.5}}
-        return parameters(distilled(student.module, teacher, losses, optimizer=SGD).module)
+        return parameters(distilled(student, teacher, losses, optimizer=SGD).module)
 
     constant, staying, moving = (
         trained(value) for value in (1.3, *({"start": 1.3, "end": end, "shape": shape} for end in (1.3, 6.0)))
@@ -291,18 +290,18 @@ def test_course_that_stays_gives_the_weights_of_the_constant_and_one_that_moves_
 def test_regressors_are_trained_and_stay_behind(digits_task, distilled):
     student, teacher = TorchModel.build(RESIDUAL, seed=0), TorchModel.build(PLAIN, seed=0)
     agreement, learning = objective({**HINT, "kd": {}}, student.module, teacher, digits_task)
-    settings = {"epochs": 1, "batch_size": 64, "seed": 0, "device": CPU, "log": lambda _line: None}
-    trained = fit(learning, agreement, TrainingData(digits_task.train), optimizer=Optimizer(), **settings)
+    settings, context = TrainingSettings(epochs=1, batch_size=64), StageContext(teacher, CPU, 0, Path(), print)
+    trained = fit(learning, agreement, TrainingData(digits_task.train), settings, context)
     before, after = parameters(learning.regressors), parameters(trained.regressors)
     assert len(before) == 16 * 32 + 32  # a 1 x 1 convolution
     assert (before - after).abs().min() > 0
-    same = distilled(student.module, teacher, {**HINT, "kd": {}}).module
+    same = distilled(student, teacher, {**HINT, "kd": {}}).module
     assert torch.equal(parameters(same), parameters(trained.student))
 
 
 def test_hint_brings_features_closer(distilled):
     student, teacher = TorchModel.build(RESIDUAL, seed=0), TorchModel.build(PLAIN, seed=0)
-    epochs = distilled(student.module, teacher, HINT, epochs=3, optimizer=Optimizer(learning_rate=1e-2)).epochs
+    epochs = distilled(student, teacher, HINT, epochs=3, optimizer=Optimizer(learning_rate=1e-2)).epochs
     assert epochs[2]["hint"] < epochs[0]["hint"] / 2
 
 
@@ -340,7 +339,7 @@ def test_blocks_of_a_residual_network_are_paired_by_glob_whatever_their_size(dis
         ("conv1", "layer3.0"),  # (16, 32, 32) to (64, 8, 8)
     )
     assert [sum(p.numel() for p in one.parameters()) for one in learning.regressors["hint"]] == [0, 0, 0, 16 * 64 + 64]
-    found = distilled(student.module, teacher, losses, task=task, epochs=2, batch_size=16)
+    found = distilled(student, teacher, losses, task=task, epochs=2, batch_size=16)
     assert found.epochs[1]["hint"] < found.epochs[0]["hint"]
     assert found.module.state_dict().keys() == student.module.state_dict().keys()
 
@@ -360,7 +359,7 @@ def test_features_of_tokens_pass_a_linear_regressor(digits_task, distilled):
         first = (regressors[0](ours) - teacher.module.query_key_value(norms[1])).square().mean(dim=(1, 2))
         second = (norms[0] - norms[1]).square().mean(dim=(1, 2))
     torch.testing.assert_close(found, first + second)
-    epochs = distilled(student.module, teacher, losses, epochs=3, optimizer=Optimizer(learning_rate=1e-2)).epochs
+    epochs = distilled(student, teacher, losses, epochs=3, optimizer=Optimizer(learning_rate=1e-2)).epochs
     assert epochs[2]["hint"] < epochs[0]["hint"]
 
 
@@ -368,7 +367,7 @@ def test_features_of_tokens_pass_a_linear_regressor(digits_task, distilled):
 def test_loss_of_features_teaches_beside_the_labels(name, digits_task, distilled):
     student, teacher = TorchModel.build(RESIDUAL, seed=0), TorchModel.build(PLAIN, seed=0)
     losses = {name: {"layers": {"pointwise": "conv2"}}, "hard": {"weight": 1.0}}
-    found = distilled(student.module, teacher, losses, task=few(digits_task, 256), batch_size=32, epochs=2)
+    found = distilled(student, teacher, losses, task=few(digits_task, 256), batch_size=32, epochs=2)
     assert [set(epoch) for epoch in found.epochs] == [{"hard", name}] * 2
     assert found.epochs[1][name] < found.epochs[0][name]
     assert name in found.lines[-1]
@@ -390,12 +389,12 @@ def test_layers_that_cannot_be_compared_are_refused_before_the_first_step(
 ):
     student, teacher = TorchModel.build(student, seed=0), TorchModel.build(PLAIN, seed=0)
     losses = {"hint": {"layers": layers}, "hard": {}}
-    distillation = Distillation(student.module, teacher, digits_task, tmp_path, losses)
+    distillation = Distillation(student, teacher, digits_task, tmp_path, losses)
     with pytest.raises(InputError, match=complaint):
         distillation.run()
     assert distillation.epochs == distillation.lines == []
     with pytest.raises(InputError, match=complaint):
-        check_fit(student, teacher, digits_task, Losses.model_validate(losses), unlabeled_share=None, batch_size=64)
+        check_fit(student, teacher, digits_task, asking(losses))
 
 
 @pytest.mark.parametrize(
@@ -409,12 +408,12 @@ def test_layers_that_cannot_be_compared_are_refused_before_the_first_step(
 )
 def test_features_without_a_map_are_refused_before_the_first_step(losses, complaint, digits_task, tmp_path):
     student, teacher = TorchModel.build(SEQUENCE, seed=0), TorchModel.build(PLAIN, seed=0)
-    distillation = Distillation(student.module, teacher, digits_task, tmp_path, losses)
+    distillation = Distillation(student, teacher, digits_task, tmp_path, losses)
     with pytest.raises(InputError, match=complaint):
         distillation.run()
     assert distillation.epochs == []
     with pytest.raises(InputError, match=complaint):
-        check_fit(student, teacher, digits_task, Losses.model_validate(losses), unlabeled_share=None, batch_size=64)
+        check_fit(student, teacher, digits_task, asking(losses))
 
 
 # Unlabeled samples
@@ -424,7 +423,7 @@ def test_labels_are_asked_of_labeled_samples_alone_and_the_teacher_of_all(digits
     student, teacher = (TorchModel.build(LINEAR, seed=seed) for seed in (0, 1))
     task = half_unlabeled(digits_task, 50)
     agreement, learning = objective({"hard": {}, "kd": {}, "dkd": {}}, student.module, teacher, task)
-    data = training_data(task, agreement.settings, seed=0, unlabeled_share=0.5)
+    data = training_data(task, asking(agreement.settings, unlabeled_share=0.5), seed=0)
     inputs = data.inputs(np.arange(100))
     values = agreement.losses(
         learning, TrainingBatch(inputs, task.train.targets, None, np.arange(100), np.zeros(100, int)), 0.0
@@ -440,7 +439,7 @@ def test_first_step_with_unlabeled_samples_has_the_losses_and_weights_of_the_for
     student, teacher = (TorchModel.build(LINEAR, seed=seed) for seed in (0, 1))
     task = half_unlabeled(digits_task, 50)  # a batch of 100 holds them all, in whatever order
     losses = {"kd": {"temperature": 2.0, "weight": 0.7}, "hard": {"weight": 0.3}}
-    found = distilled(student.module, teacher, losses, task=task, batch_size=100, optimizer=SGD)
+    found = distilled(student, teacher, losses, task=task, batch_size=100, optimizer=SGD)
     module = copy.deepcopy(student.module)
     images = torch.cat([task.train.inputs[0], task.unlabeled.inputs[0]])
     logits = module(images)
@@ -455,7 +454,7 @@ def test_first_step_with_unlabeled_samples_has_the_losses_and_weights_of_the_for
 @pytest.mark.parametrize(("share", "unlabeled"), [(None, 32), (0.25, 16), (0.75, 48), (0, 0)])
 def test_share_of_unlabeled_samples_in_a_batch_is_a_setting(share, unlabeled, digits_task):
     task = half_unlabeled(digits_task, 320)
-    data = training_data(task, Losses.model_validate({"kd": {}, "hard": {}}), seed=0, unlabeled_share=share)
+    data = training_data(task, asking({"kd": {}, "hard": {}}, unlabeled_share=share), seed=0)
     assert round(64 * data.unlabeled_share) == unlabeled
     assert (data.unlabeled is None) == (unlabeled == 0)
 
@@ -463,14 +462,14 @@ def test_share_of_unlabeled_samples_in_a_batch_is_a_setting(share, unlabeled, di
 @pytest.mark.parametrize("losses", [{"hard": {}}, {"dkd": {}, "hard": {}}])
 def test_losses_that_all_need_labels_leave_unlabeled_samples_alone(losses, digits_task):
     task = half_unlabeled(digits_task, 320)
-    assert training_data(task, Losses.model_validate(losses), seed=0, unlabeled_share=None).unlabeled is None
+    assert training_data(task, asking(losses), seed=0).unlabeled is None
     with pytest.raises(InputError, match=f"but {', '.join(sorted(losses, reverse=True))} need labels; add"):
-        training_data(task, Losses.model_validate(losses), seed=0, unlabeled_share=0.5)
+        training_data(task, asking(losses, unlabeled_share=0.5), seed=0)
 
 
 def test_share_of_unlabeled_samples_that_the_task_does_not_have_is_refused(digits_task, tmp_path):
     student, teacher = (TorchModel.build(LINEAR, seed=seed) for seed in (0, 1))
-    distillation = Distillation(student.module, teacher, digits_task, tmp_path, {"kd": {}}, unlabeled_share=0.5)
+    distillation = Distillation(student, teacher, digits_task, tmp_path, {"kd": {}}, unlabeled_share=0.5)
     with pytest.raises(InputError, match=r"unlabeled_share is 0\.5, .* but it has none"):
         distillation.run()
     assert distillation.epochs == []
@@ -484,7 +483,7 @@ def test_unlabeled_samples_alone_can_teach(digits_task, distilled):
     losses = {"kd": {"weight": 1.0}}
 
     def agreement(share) -> float:
-        trained = distilled(student.module, teacher, losses, task=task, unlabeled_share=share, **settings).module
+        trained = distilled(student, teacher, losses, task=task, unlabeled_share=share, **settings).module
         answers = trained(*digits_task.test.inputs).argmax(dim=1)
         return (answers == teacher.predict(digits_task.test.inputs).argmax(dim=1)).float().mean().item()
 
@@ -509,7 +508,7 @@ def test_ignored_tokens_count_in_no_loss_and_no_gradient(digits_task, distilled)
     student, teacher = (TorchModel.build(ROWS, seed=seed) for seed in (0, 1))
     task = rows_task(digits_task)
     losses = {"kd": {"temperature": 2.0, "weight": 0.7}, "hard": {"weight": 0.3}, "dkd": {"weight": 0.1}}
-    found = distilled(student.module, teacher, losses, task=task, batch_size=60, optimizer=SGD)
+    found = distilled(student, teacher, losses, task=task, batch_size=60, optimizer=SGD)
     module = copy.deepcopy(student.module)
     images, targets = task.train.inputs[0], task.train.targets
     counted = targets != -100
@@ -531,7 +530,7 @@ def test_student_of_tokens_learns_from_its_teacher_and_can_be_exported(digits_ta
     task = rows_task(digits_task)
     losses = {"kd": {}, "hint": {"layers": {"hidden": "hidden"}}}
     settings = {"batch_size": 20, "epochs": 8, "optimizer": Optimizer(learning_rate=1e-2)}
-    found = distilled(student.module, teacher, losses, task=task, **settings)
+    found = distilled(student, teacher, losses, task=task, **settings)
     assert found.epochs[-1]["kd"] < found.epochs[0]["kd"] / 2
     assert found.epochs[-1]["hint"] < found.epochs[0]["hint"]
     exported = to_onnx(found.module, task, tmp_path / "rows.onnx")
@@ -564,12 +563,12 @@ def flat_task(outputs: int | None) -> tuple[Task, TorchModel]:
 def test_loss_that_cannot_compare_the_outputs_is_refused_before_training(outputs, losses, message):
     task, model = flat_task(outputs)
     with pytest.raises(InputError, match=message):
-        check_fit(model, model, task, Losses.model_validate(losses), unlabeled_share=None, batch_size=4)
+        check_fit(model, model, task, asking(losses, batch_size=4))
 
 
 def test_regression_learns_from_logit_mse():
     task, model = flat_task(1)
-    check_fit(model, model, task, Losses.model_validate({"logit_mse": {}}), unlabeled_share=None, batch_size=4)
+    check_fit(model, model, task, asking({"logit_mse": {}}, batch_size=4))
 
 
 class BatchSecond(nn.Module):
@@ -586,19 +585,19 @@ class BatchSecond(nn.Module):
 
 def test_layer_that_does_not_have_the_batch_first_is_refused(digits_task):
     model = TorchModel(BatchSecond().eval(), Reference(factory="networks:PlainNetwork"))
-    losses = Losses.model_validate({"rkd_distance": {"layers": {"encoder": "encoder"}}})
+    losses = {"rkd_distance": {"layers": {"encoder": "encoder"}}}
     with pytest.raises(InputError, match=r"'encoder' must give outputs \(N, …\), the batch first"):
-        check_fit(model, model, digits_task, losses, unlabeled_share=None, batch_size=4)
+        check_fit(model, model, digits_task, asking(losses, batch_size=4))
 
 
 def test_loss_between_samples_needs_two_of_them(digits_task):
     model = TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
     with pytest.raises(InputError, match="for dist compare them, got 1"):
-        check_fit(model, model, digits_task, Losses.model_validate({"dist": {}}), unlabeled_share=None, batch_size=1)
+        check_fit(model, model, digits_task, asking({"dist": {}}, batch_size=1))
 
 
 def test_attention_between_signals_whose_channels_come_first_is_refused(digits_task):
     model = TorchModel.build(Reference(factory="example_models:SignalNetwork"), seed=0)
-    losses = Losses.model_validate({"attention_transfer": {"layers": {"conv1": "conv1"}}})
+    losses = {"attention_transfer": {"layers": {"conv1": "conv1"}}}
     with pytest.raises(InputError, match=r"maps \(N, C, H, W\) or tokens \(N, L, D\), but 'conv1' gives \(N, C, L\)"):
-        check_fit(model, model, digits_task, losses, unlabeled_share=None, batch_size=4)
+        check_fit(model, model, digits_task, asking(losses, batch_size=4))

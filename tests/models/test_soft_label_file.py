@@ -14,9 +14,10 @@ from torch import nn
 
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.answering import origin_of
-from compressor.distillation.distil import distil
+from compressor.distillation.distil import Student, distil
 from compressor.distillation.losses import Losses
 from compressor.distillation.response import tail_bucket_loss
+from compressor.distillation.settings import DistillationSettings
 from compressor.distillation.teachers import StoredTeacher
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
@@ -24,7 +25,6 @@ from compressor.models.soft_label_file import FILE_NAME, Origin, SoftLabelFile
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
 from compressor.stages.soft_labels import SoftLabels as SoftLabelsStage
-from compressor.training.fit import Optimizer
 from compressor.training.sampling import TrainingBatch, TrainingData
 
 ROLLED = Augmentation(1, lambda inputs, uniform: (torch.where(uniform[:, :, None, None] < 0.5, *rolled(inputs[0])),))
@@ -256,18 +256,9 @@ def test_use_with_another_teacher_or_data_is_refused_before_training_and_says_wh
 
 
 def learn(model: TorchModel, task: Task, now: StageContext, losses: Losses) -> nn.Module:
-    return distil(
-        teacher(model.factory.factory.partition(":")[2]).module,
-        model,
-        task,
-        now,
-        losses=losses,
-        combine="mean_probability",
-        unlabeled_share=None,
-        epochs=1,
-        batch_size=512,
-        optimizer=Optimizer(),
-    )
+    settings = DistillationSettings(losses=losses, epochs=1, batch_size=512)
+    student = Student.of(teacher(model.factory.factory.partition(":")[2]))
+    return distil(student, model, task, settings, now)
 
 
 def test_arguments_of_the_factory_are_part_of_the_teacher_and_paths_are_not(tmp_path):

@@ -21,8 +21,8 @@ from compressor.run.pipeline import run
 from compressor.stage import StageContext
 from compressor.stages.distillation import Distillation
 from compressor.stages.mutual_learning import MutualLearning, MutualObjective, Peers
-from compressor.training.fit import Optimizer
 from compressor.training.sampling import TrainingBatch
+from compressor.training.settings import Optimizer
 
 CPU = torch.device("cpu")
 PLAIN = Reference(factory="networks:PlainNetwork")

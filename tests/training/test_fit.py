@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from compressor import Augmentation, Samples
+from compressor import Augmentation, Samples, StageContext, TorchModel
 from compressor.errors import InputError, StageError
+from compressor.references.reference import Reference
 from compressor.task import cross_entropy, uniform_numbers
-from compressor.training.fit import LabelLoss, Optimizer, fit, learning_rate
+from compressor.training.fit import fit
+from compressor.training.objective import LabelLoss
 from compressor.training.sampling import TrainingData
+from compressor.training.settings import Optimizer, TrainingSettings, learning_rate
 
 CPU = torch.device("cpu")
 DIVERGING = Optimizer(name="sgd", learning_rate=1e10, schedule="constant", warmup=0.0)
@@ -24,17 +27,25 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
 
 
-def fit_briefly(module, split, augmentation=None, **changes):
-    settings = {
-        "epochs": 2,
-        "batch_size": 64,
-        "optimizer": Optimizer(learning_rate=1e-2),
-        "seed": 0,
-        "device": CPU,
-        "log": lambda _line: None,
-    }
-    data = split if isinstance(split, TrainingData) else TrainingData(split, augmentation=augmentation)
-    return fit(module, LabelLoss(cross_entropy), data, **{**settings, **changes})
+def fit_briefly(
+    module,
+    split,
+    augmentation=None,
+    *,
+    seed=0,
+    log=lambda _line: None,
+    record=lambda _means: None,
+    zeros=(),
+    first_epoch=0,
+    **changes,
+):
+    settings = TrainingSettings(
+        **{"epochs": 2, "batch_size": 64, "optimizer": Optimizer(learning_rate=1e-2), **changes}
+    )
+    model = TorchModel(module, Reference(factory="networks:PlainNetwork"))
+    context = StageContext(model, CPU, seed, Path(), log, lambda told: record(told.means))
+    data = TrainingData(split, augmentation=augmentation, first_epoch=first_epoch)
+    return fit(module, LabelLoss(cross_entropy), data, settings, context, zeros=zeros)
 
 
 def parameters(module: nn.Module) -> torch.Tensor:
@@ -206,9 +217,12 @@ def test_targets_that_are_no_classes_may_hold_any_number(digits_task):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
     data = TrainingData(Samples(digits_task.train.inputs, targets))
-    settings = {"epochs": 1, "batch_size": len(targets), "optimizer": still, "seed": 0, "device": CPU}
+    settings = TrainingSettings(epochs=1, batch_size=len(targets), optimizer=still)
     loss = LabelLoss(lambda outputs, wanted: (outputs - wanted).square())
-    fit(module, loss, data, log=lambda _line: None, record=epochs.append, **settings)
+    model = TorchModel(module, Reference(factory="networks:PlainNetwork"))
+    fit(
+        module, loss, data, settings, StageContext(model, CPU, 0, Path(), print, lambda told: epochs.append(told.means))
+    )
     expected = (module(*digits_task.train.inputs) - targets).square().mean().item()
     assert epochs == [{"hard": pytest.approx(expected, rel=1e-5)}]
 
@@ -258,11 +272,11 @@ import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from compressor import Samples, TorchModel
-from compressor.distillation.distil import distil
-from compressor.distillation.losses import Losses
+from compressor.distillation.distil import Student, distil
+from compressor.distillation.settings import DistillationSettings
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
-from compressor.training.fit import Optimizer
+from compressor.training.settings import Optimizer
 from dataclasses import replace
 from tests.conftest import digits_task
 from tests.training.test_fit import fit_briefly, half_empty, masked, small_network
@@ -276,12 +290,14 @@ def distilled(record, **losses):
     network = Reference(factory="tests.example_models:SequenceNetwork")
     student, teacher = (TorchModel.build(network, seed=i) for i in (0, 1))
     unlabeled = Samples((task.validation.inputs[0],), torch.zeros(180))
-    return distil(
-        student.module, teacher, replace(task, unlabeled=unlabeled),
-        StageContext(teacher, torch.device("cpu"), 0, directory, lambda line: None, lambda told: record(told.means)),
-        losses=Losses.model_validate({"hint": {"layers": {"embedding": "query_key_value"}}, **losses}),
-        combine="mean_probability", unlabeled_share=0.25, epochs=2, batch_size=64, optimizer=SGD,
+    settings = DistillationSettings(
+        losses={"hint": {"layers": {"embedding": "query_key_value"}}, **losses},
+        unlabeled_share=0.25, epochs=2, batch_size=64, optimizer=SGD,
     )
+    context = StageContext(
+        teacher, torch.device("cpu"), 0, directory, lambda line: None, lambda told: record(told.means)
+    )
+    return distil(Student.of(student), teacher, replace(task, unlabeled=unlabeled), settings, context)
 
 
 fits = {
