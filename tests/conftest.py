@@ -2,9 +2,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 
+from brief_compress import time_briefly
 from compressor import Samples, Task
+
+settings.register_profile("beside other work", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside other work")
+
+
+def pytest_configure() -> None:
+    time_briefly()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ main()
 
 def compress(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", PROBE, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("stages",), ("--version",)])
@@ -42,7 +42,6 @@ def test_log_lines_are_no_commands_in_github_actions(in_actions, written):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
     )
     assert finished.stderr.splitlines() == ["layer a", written]
 

@@ -28,7 +28,6 @@ def compress(*arguments: str | Path, stdout: int = subprocess.PIPE, **environmen
         stderr=subprocess.PIPE,
         text=True,
         check=False,
-        timeout=60,
     )
     *lines, has_torch = finished.stderr.splitlines()
     assert has_torch == "False", finished.stderr

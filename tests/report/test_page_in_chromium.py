@@ -124,7 +124,7 @@ def chromium(profile: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     command = [CHROMIUM, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     # root must go without a sandbox, and on Ubuntu every user but of the browser's own package; the pages are ours
     command += ["--no-sandbox", "--no-first-run", "--disable-background-networking", "--enable-logging=stderr"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, timeout=120)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
 
 
 def browsed(address: str, profile: Path) -> tuple[str, str]:

