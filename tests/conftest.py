@@ -1,9 +1,12 @@
+import logging
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from brief_compress import time_briefly
 from compressor import Samples, Task
@@ -13,6 +16,12 @@ settings.load_profile("beside other work")
 
 
 def pytest_configure() -> None:
+    """Leave out what would only cost time.
+
+    Pytest adds its log handlers to each logger that does not propagate. With one on "torch.__trace", torch dumps each
+    step of an export as JSON, and the export takes twice as long.
+    """
+    logging.getLogger("torch.__trace").propagate = True
     time_briefly()
 
 
@@ -21,6 +30,25 @@ def outside_of_github_actions() -> Iterator[None]:
     """What the tests run must not write into the summary of the step that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GITHUB_ACTIONS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_that_reads_its_translations_once() -> Iterator[None]:
+    """Let exports share the table of ONNX operators that torch reads from its own source anew for each of them.
+
+    Each export gets a copy of its own, as it adds to it. Processes that a test starts read the table themselves.
+    """
+    read = cache(ONNXRegistry.from_torchlib)
+
+    def copy(opset_version: int) -> ONNXRegistry:
+        table = ONNXRegistry()
+        table._opset_version = opset_version
+        table.functions = {name: list(functions) for name, functions in read(opset_version).functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copy))
         yield
 
 
