@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark studies clean
+.PHONY: demo test check lint benchmark studies clean
 
 demo: $(VENV)/.examples
 	$(BIN)/compress run pipelines/digits.yaml
@@ -11,6 +11,10 @@ demo: $(VENV)/.examples
 # A process of tests on each core, with one thread each.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The linters, and the tests that what changed since main needs; `make check ROOM=pruning` takes those of a room.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python tests/affected.py $(ROOM)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
