@@ -1,14 +1,11 @@
 import logging
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from brief_compress import time_briefly
 from compressor import Samples, Task
 
 settings.register_profile("beside other work", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,13 +13,12 @@ settings.load_profile("beside other work")
 
 
 def pytest_configure() -> None:
-    """Leave out what would only cost time.
+    """Keep pytest's log handlers off torch's trace.
 
     Pytest adds its log handlers to each logger that does not propagate. With one on "torch.__trace", torch dumps each
     step of an export as JSON, and the export takes twice as long.
     """
     logging.getLogger("torch.__trace").propagate = True
-    time_briefly()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,25 +26,6 @@ def outside_of_github_actions() -> Iterator[None]:
     """What the tests run must not write into the summary of the step that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GITHUB_ACTIONS", raising=False)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torch_that_reads_its_translations_once() -> Iterator[None]:
-    """Let exports share the table of ONNX operators that torch reads from its own source anew for each of them.
-
-    Each export gets a copy of its own, as it adds to it. Processes that a test starts read the table themselves.
-    """
-    read = cache(ONNXRegistry.from_torchlib)
-
-    def copy(opset_version: int) -> ONNXRegistry:
-        table = ONNXRegistry()
-        table._opset_version = opset_version
-        table.functions = {name: list(functions) for name, functions in read(opset_version).functions.items()}
-        return table
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copy))
         yield
 
 

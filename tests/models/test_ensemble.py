@@ -223,9 +223,9 @@ def test_settings_show_the_weights_of_members_relative_to_the_file(directory):
 
 def test_ensemble_runs_as_the_model_of_a_pipeline_and_is_taken_from_the_store(directory):
     pipeline, cpu = load(directory / "small.yaml"), torch.device("cpu")
-    report = run(pipeline, directory / "runs", device=cpu)
+    report = run(pipeline, directory / "runs", device=cpu, max_seconds=0)
     assert [row.stage for row in report.rows] == ["baseline", "distillation", "onnx_export"]
     # every member is in the file: 2 layers of 8 and 12 channels
     assert report.rows[0].measurement.parameters == sum(64 * w + w + 10 * w + 10 for w in (8, 12))
-    again = run(load(directory / "small.yaml", ["stages.0.epochs=2"]), directory / "runs", device=cpu)
+    again = run(load(directory / "small.yaml", ["stages.0.epochs=2"]), directory / "runs", device=cpu, max_seconds=0)
     assert [row.reused for row in again.rows] == [True, False, False]

@@ -15,7 +15,6 @@ from onnxruntime import InferenceSession
 from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score
 
-import brief_compress
 from compressor.config.pipeline_file import load
 from compressor.errors import InputError, LockedError
 from compressor.report.json import read_report
@@ -91,7 +90,7 @@ def finished(tmp_path_factory):
     """A pipeline that ran to its end: its file and its run directory."""
     directory = tmp_path_factory.mktemp("finished")
     file = write_pipeline(directory)
-    run(load(file), directory / "runs/small", device=CPU)
+    run(load(file), directory / "runs/small", device=CPU, max_seconds=0)
     return file, directory / "runs/small"
 
 
@@ -104,7 +103,7 @@ def copy(finished, tmp_path):
 
 
 def compress(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, brief_compress.__file__, *map(str, arguments)]
+    command = [sys.executable, "-m", "compressor", *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -172,14 +171,14 @@ def test_second_run_takes_every_stage_from_the_store_and_delivers_the_same_bytes
     file, directory = copy
     before = (directory / "model.onnx").read_bytes()
     (directory / "model.onnx").unlink()
-    report = run(load(file), directory, device=CPU)
+    report = run(load(file), directory, device=CPU, max_seconds=0)
     assert all(row.reused for row in report.rows)
     assert (directory / "model.onnx").read_bytes() == before
 
 
 def test_changed_setting_runs_that_stage_and_those_after_it(copy):
     file, directory = copy
-    report = run(load(file, ["stages.3.calibration_samples=32"]), directory, device=CPU)
+    report = run(load(file, ["stages.3.calibration_samples=32"]), directory, device=CPU, max_seconds=0)
     assert [name for name, was_reused in reused(report).items() if not was_reused] == ["int8_ptq", "onnx_export"]
     assert report.overrides == ("stages.3.calibration_samples=32",)
 
@@ -192,7 +191,7 @@ def test_flipped_bit_rebuilds_that_stage_alone_with_the_same_bytes(copy):
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    report = run(load(file), directory, device=CPU)
+    report = run(load(file), directory, device=CPU, max_seconds=0)
     assert [name for name, was_reused in reused(report).items() if not was_reused] == ["magnitude_pruning"]
     assert bytearray(weights.read_bytes()) != content
     assert (directory / "model.onnx").read_bytes() == before
@@ -234,7 +233,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
     file = write_pipeline(tmp_path)
     killed_in = []
     for stage in ("training: epoch 2", "distillation: running", "int8_ptq: running"):
-        process = compress("run", file, cwd=tmp_path)
+        process = compress("run", "--max-seconds", "0", file, cwd=tmp_path)
         for line in process.stderr:
             if line.startswith(stage):
                 break
@@ -243,7 +242,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
         process.stderr.close()
         process.stdout.close()
         killed_in.append(stage)
-    process = compress("run", file, cwd=tmp_path)
+    process = compress("run", "--max-seconds", "0", file, cwd=tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "training: taken from the store" in errors
@@ -255,7 +254,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
 
 def test_termination_ends_with_143_and_can_be_resumed(tmp_path):
     file = write_pipeline(tmp_path)
-    process = compress("run", file, "--set", "stages.0.epochs=500", cwd=tmp_path)
+    process = compress("run", "--max-seconds", "0", file, "--set", "stages.0.epochs=500", cwd=tmp_path)
     for line in process.stderr:
         if line.startswith("training: epoch 1"):
             break
@@ -271,7 +270,7 @@ def test_termination_ends_with_143_and_can_be_resumed(tmp_path):
 def test_second_run_in_a_directory_in_use_exits_8_naming_the_holder(copy):
     file, directory = copy
     with Store(directory).lock():
-        process = compress("run", file, "--runs", directory.parent, cwd=file.parent)
+        process = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, cwd=file.parent)
         _, errors = process.communicate()
     assert process.returncode == 8
     assert f"process {os.getpid()}" in errors
@@ -280,7 +279,17 @@ def test_second_run_in_a_directory_in_use_exits_8_naming_the_holder(copy):
 
 def test_unmet_gate_exits_3_and_says_by_how_much(copy):
     file, directory = copy
-    process = compress("run", file, "--runs", directory.parent, "--set", "gate.size_ratio.min=1000", cwd=file.parent)
+    process = compress(
+        "run",
+        "--max-seconds",
+        "0",
+        file,
+        "--runs",
+        directory.parent,
+        "--set",
+        "gate.size_ratio.min=1000",
+        cwd=file.parent,
+    )
     table, errors = process.communicate()
     assert process.returncode == 3, errors
     assert "short" in table
@@ -293,7 +302,7 @@ def test_run_in_github_actions_fills_the_summary_and_annotates_an_unmet_gate(cop
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     arguments = ("--runs", directory.parent, "--set", "gate.size_ratio.min=1000", "--junit", junit)
-    process = compress("run", file, *arguments, cwd=file.parent)
+    process = compress("run", "--max-seconds", "0", file, *arguments, cwd=file.parent)
     _, errors = process.communicate()
     assert process.returncode == 3, errors
     assert summary.read_text() == (directory / "report.md").read_text()
@@ -304,7 +313,7 @@ def test_run_in_github_actions_fills_the_summary_and_annotates_an_unmet_gate(cop
 
 def test_json_report_is_all_of_standard_output(copy):
     file, directory = copy
-    process = compress("run", file, "--runs", directory.parent, "--json", cwd=file.parent)
+    process = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, "--json", cwd=file.parent)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert json.loads(output)["pipeline"] == "small"
@@ -315,7 +324,7 @@ def test_student_of_other_classes_is_refused_before_any_training(tmp_path):
     pipeline = load(file, ["stages.1.student.factory=digits_code:seven_classes"])
     started = time.monotonic()
     with pytest.raises(InputError, match=r"digits_code:seven_classes must give outputs .* \(2, 10\), got \(2, 7\)"):
-        run(pipeline, tmp_path / "runs", device=CPU)
+        run(pipeline, tmp_path / "runs", device=CPU, max_seconds=0)
     assert not list((tmp_path / "runs").glob("stages/*")), time.monotonic() - started
 
 
@@ -328,14 +337,14 @@ def test_model_of_complex_outputs_is_refused(tmp_path):
         code + "\n\nclass Turned(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x) * 1j\n"
     )
     with pytest.raises(InputError, match=r"network must return real numbers, got torch\.complex64"):
-        run(load(file), tmp_path / "runs", device=CPU)
+        run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
 
 
 def test_error_in_user_code_is_an_input_error_that_names_the_line(tmp_path):
     file = write_pipeline(tmp_path)
     file.with_name("digits_code.py").write_text(CODE.replace("digits = load_digits()", "digits = load_digits(0)"))
     with pytest.raises(InputError, match=r"digits_code\.py:\d+"):
-        run(load(file), tmp_path / "runs", device=CPU)
+        run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +376,7 @@ class OneByOne(torch.utils.data.Dataset):
 """
     )
     file.with_name("digits_code.py").write_text(code)
-    process = compress("run", file, cwd=tmp_path)
+    process = compress("run", "--max-seconds", "0", file, cwd=tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 5, errors
     assert re.search(r"digits_code\.py:\d+ raised (KeyError|IndexError)", errors)
@@ -380,7 +389,7 @@ def test_calibration_on_test_samples_is_refused(tmp_path):
         CODE.replace("calibration=split(0, 128)", "calibration=split(1200, 1300)")
     )
     with pytest.raises(InputError, match="calibration must share no sample with test, got 100 in both"):
-        run(load(file), tmp_path / "runs", device=CPU)
+        run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
 
 
 def test_lock_is_free_again_after_an_error(tmp_path):
@@ -388,10 +397,10 @@ def test_lock_is_free_again_after_an_error(tmp_path):
     file.with_name("digits_code.py").write_text(CODE.replace("train=split(0, samples)", "train=split(0, 0)"))
     for _ in range(2):
         with pytest.raises(InputError, match="train split must have samples"):
-            run(load(file), tmp_path / "runs", device=CPU)
+            run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
 
 
 def test_lock_of_this_process_is_respected_too(copy):
     file, directory = copy
     with Store(directory).lock(), pytest.raises(LockedError):
-        run(load(file), directory, device=CPU)
+        run(load(file), directory, device=CPU, max_seconds=0)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import brief_compress
 from compressor.cli.sensitivity_command import up_to_sensitivity
 from compressor.config.pipeline_file import Pipeline, load
 from compressor.errors import ConfigError
@@ -80,7 +79,7 @@ def told(caplog):
 
 
 def compress(file: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, brief_compress.__file__, *arguments]
+    command = [sys.executable, "-m", "compressor", *arguments]
     return subprocess.run(command, cwd=file.parent, env=os.environ, capture_output=True, text=True, check=False)
 
 
@@ -115,7 +114,7 @@ def test_run_reuses_what_was_measured_and_shows_it(measured, copy, told):
     with prefer_modules_in(file.parent):
         foreseen = forecast(load(file), Store(directory), device="cpu")
     assert [step.reused for step in foreseen] == [True, True, False]
-    report = run(load(file), directory, device=CPU)
+    report = run(load(file), directory, device=CPU, max_seconds=0)
     assert [line for line in logged(told) if line.endswith("running")] == ["magnitude_pruning: running"]
     assert [row.stage for row in report.rows] == ["training", "magnitude_pruning"]
     (preparation,) = report.preparations
@@ -150,7 +149,7 @@ def test_command_measures_the_model_that_is_pruned_and_the_stage_takes_it_from_t
     assert lines[-2:] == ["runs/small/sensitivity.md", "runs/small/sensitivity.svg"]
     assert "sensitivity: running" in first.stderr
     write_pipeline(tmp_path, TRAINING, "  - stage: sensitivity\n", PRUNING)
-    second = compress(file, "run", str(file))
+    second = compress(file, "run", "--max-seconds", "0", str(file))
     assert second.returncode == 0, second.stderr
     assert "training: taken from the store" in second.stderr
     assert "sensitivity: taken from the store" in second.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import brief_compress
 from compressor.config.pipeline_file import load
 from compressor.models.soft_label_file import SoftLabelFile
 from compressor.report.json import read_report
@@ -95,7 +94,7 @@ def finished(tmp_path_factory):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        report = run(load(write_pipeline(directory)), directory / "runs/small", device=CPU)
+        report = run(load(write_pipeline(directory)), directory / "runs/small", device=CPU, max_seconds=0)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
@@ -110,7 +109,7 @@ def copy(finished, tmp_path):
 
 
 def compress(file: Path, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, brief_compress.__file__, "run", str(file)]
+    command = [sys.executable, "-m", "compressor", "run", "--max-seconds", "0", str(file)]
     return subprocess.Popen(
         command,
         cwd=file.parent,
@@ -165,7 +164,7 @@ def test_work_directory_is_empty_after_a_finished_run(finished):
 
 def test_second_run_takes_the_soft_labels_from_the_store(copy):
     file, directory = copy
-    report = run(load(file), directory, device=CPU)
+    report = run(load(file), directory, device=CPU, max_seconds=0)
     assert all(row.reused for row in report.rows)
     assert report.preparations[0].reused
     assert "- soft_labels was taken from the store" in (directory / "report.md").read_text()
@@ -174,7 +173,9 @@ def test_second_run_takes_the_soft_labels_from_the_store(copy):
 def test_losses_that_look_into_the_teacher_run_it_live_and_say_so(copy, caplog):
     file, directory = copy
     caplog.set_level(logging.INFO, logger="compressor")
-    report = run(load(file, ["stages.2.losses={kd: {}, hint: {layers: {'2': '2'}}}"]), directory, device=CPU)
+    report = run(
+        load(file, ["stages.2.losses={kd: {}, hint: {layers: {'2': '2'}}}"]), directory, device=CPU, max_seconds=0
+    )
     lines = [record.getMessage() for record in caplog.records]
     assert "distillation: the teacher runs live, not from its soft labels: losses that look into it: hint" in lines
     assert list(report.rows[1].losses[0]) == ["kd", "hint"]
@@ -184,7 +185,7 @@ def test_work_that_other_settings_left_is_removed(copy):
     file, directory = copy
     left = Store(directory).workspace(KEY)
     (left / "shard").write_bytes(b"left by a killed run")
-    run(load(file), directory, device=CPU)
+    run(load(file), directory, device=CPU, max_seconds=0)
     assert not left.exists()
 
 

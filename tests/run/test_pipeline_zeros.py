@@ -65,7 +65,7 @@ def write(directory: Path, last: str) -> Path:
 def finished(tmp_path_factory):
     """The run directory of a chain that prunes weights, trains, removes channels, quantizes and exports."""
     directory = tmp_path_factory.mktemp("sparse")
-    run(load(write(directory, "onnx_export")), directory / "runs", device=CPU)
+    run(load(write(directory, "onnx_export")), directory / "runs", device=CPU, max_seconds=0)
     return directory / "runs"
 
 
@@ -120,4 +120,4 @@ def test_a_stage_that_fills_the_zeros_of_a_file_is_named(tmp_path):
         r"zeros_code:Refill must keep the \d+ zeros that the model was pruned to, but its ONNX file has \d+, \d+ fewer"
     )
     with pytest.raises(StageError, match=message):
-        run(load(file), tmp_path / "runs", device=torch.device("cpu"))
+        run(load(file), tmp_path / "runs", device=torch.device("cpu"), max_seconds=0)

@@ -419,7 +419,7 @@ MUTUAL = """
 
 
 def test_mutual_learning_makes_the_baseline_of_an_untrained_model_and_training_may_come_last(tmp_path):
-    report = run(load(written(tmp_path, MUTUAL)), tmp_path / "runs", device=CPU)
+    report = run(load(written(tmp_path, MUTUAL)), tmp_path / "runs", device=CPU, max_seconds=0)
     assert [row.stage for row in report.rows] == ["mutual_learning", "distillation", "training"]
     baseline, student, tuned = report.rows
     assert baseline.fidelity is None
@@ -457,7 +457,7 @@ def test_distillation_that_cannot_work_is_refused_before_any_stage_runs(tmp_path
         tmp_path, f"  - {{stage: training, epochs: 1}}\n  - stage: distillation\n    epochs: 1\n    {stage}\n"
     )
     with pytest.raises(InputError, match=complaint):
-        run(load(file), tmp_path / "runs", device=CPU)
+        run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
     assert not list((tmp_path / "runs").glob("stages/*"))
 
 
@@ -482,5 +482,5 @@ def test_peers_of_other_classes_are_refused_before_any_stage_runs(tmp_path):
     students = "[{factory: taught:network}, {factory: taught:seven_classes}]"
     file = written(tmp_path, f"  - stage: mutual_learning\n    epochs: 1\n    students: {students}\n")
     with pytest.raises(InputError, match=r"\(2, 10\), got \(2, 7\)"):
-        run(load(file), tmp_path / "runs", device=CPU)
+        run(load(file), tmp_path / "runs", device=CPU, max_seconds=0)
     assert not list((tmp_path / "runs").glob("stages/*"))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import brief_compress
 from compressor.models.artifact import TorchModel
 from compressor.models.soft_label_file import SoftLabelFile
 from compressor.references.reference import Reference, prefer_modules_in
@@ -139,7 +138,9 @@ def write_pipeline(directory: Path) -> Path:
 def finished(tmp_path_factory):
     """A pipeline that two processes carried out: how it ended, and its directory."""
     directory = tmp_path_factory.mktemp("two")
-    return torchrun(brief_compress.__file__, "run", write_pipeline(directory), cwd=directory), directory
+    return torchrun(
+        "-m", "compressor", "run", "--max-seconds", "0", write_pipeline(directory), cwd=directory
+    ), directory
 
 
 def test_two_processes_run_a_pipeline_to_its_end_and_print_one_table(finished):
@@ -214,7 +215,17 @@ def test_failure_of_the_main_process_alone_ends_both(tmp_path):
 
 def test_unmet_gate_is_told_by_the_main_process(finished):
     _, directory = finished
-    ended = torchrun(brief_compress.__file__, "run", "small.yaml", "--set", "gate.size_ratio.min=1000", cwd=directory)
+    ended = torchrun(
+        "-m",
+        "compressor",
+        "run",
+        "--max-seconds",
+        "0",
+        "small.yaml",
+        "--set",
+        "gate.size_ratio.min=1000",
+        cwd=directory,
+    )
     assert ended.returncode == 1
     assert ended.stderr.count("exitcode  : 3") == 1
     assert ended.stdout.count("size_ratio must be >= 1000") == 1
@@ -223,7 +234,15 @@ def test_unmet_gate_is_told_by_the_main_process(finished):
 
 def test_fault_of_the_pipeline_file_ends_both_processes(tmp_path):
     ended = torchrun(
-        brief_compress.__file__, "run", write_pipeline(tmp_path), "--set", "stages.0.epochs=many", cwd=tmp_path
+        "-m",
+        "compressor",
+        "run",
+        "--max-seconds",
+        "0",
+        write_pipeline(tmp_path),
+        "--set",
+        "stages.0.epochs=many",
+        cwd=tmp_path,
     )
     assert ended.returncode == 1
     assert "exitcode  : 2" in ended.stderr
