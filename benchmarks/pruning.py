@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 import cifar10
 from publish import publish
 
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import recover
-from compressor.distillation.settings import DistillationSettings
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.latency import time_models
 from compressor.measure.model import measure

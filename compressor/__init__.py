@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compressor.distillation.distil import Student as Student
     from compressor.distillation.distil import distil as distil
+    from compressor.distillation.distillation_settings import DistillationSettings as DistillationSettings
     from compressor.distillation.losses import Losses as Losses
     from compressor.distillation.response import distillation_loss as distillation_loss
-    from compressor.distillation.settings import DistillationSettings as DistillationSettings
     from compressor.models.artifact import Artifact as Artifact
     from compressor.models.artifact import OnnxModel as OnnxModel
     from compressor.models.artifact import TorchModel as TorchModel
@@ -43,7 +43,7 @@ _HOMES = {
     "Attachment": "models.attachment",
     "Augmentation": "task",
     "Batch": "task",
-    "DistillationSettings": "distillation.settings",
+    "DistillationSettings": "distillation.distillation_settings",
     "Document": "records.findings",
     "Edit": "models.edits",
     "EpochLosses": "records.findings",

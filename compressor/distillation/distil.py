@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.distillation.answering import origin_of
+from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.learner import Pairs, layer_pairs, learner
 from compressor.distillation.losses import Kd, Losses
 from compressor.distillation.panel import Combine, Panel, combine_of, logit_losses
-from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import training_data
 from compressor.distillation.teachers import LiveTeacher, StoredTeacher, Teacher, absent_teacher
 from compressor.models.artifact import TorchModel

@@ -1,7 +1,7 @@
 """Training after pruning, by distillation from the baseline."""
 
 from compressor.distillation.distil import Student, distil
-from compressor.distillation.settings import DistillationSettings
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.setup import check_fit
 from compressor.models.artifact import TorchModel
 from compressor.stage import StageContext

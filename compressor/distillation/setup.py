@@ -1,8 +1,8 @@
 """What a student needs before its first step, and what must hold by then."""
 
+from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.learner import layer_pairs, learner
 from compressor.distillation.losses import Losses
-from compressor.distillation.settings import DistillationFields
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
 from compressor.system.processes import launched

@@ -7,7 +7,7 @@ from typing import Annotated, Self, final
 from pydantic import Field, model_validator
 
 from compressor.distillation.distil import Student, distil
-from compressor.distillation.settings import DistillationFields
+from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.setup import check_fit, check_outputs
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import zeros_of

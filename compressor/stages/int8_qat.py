@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from torch.fx import GraphModule
 
 from compressor.distillation.distil import Student, distil
+from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.losses import Hard, Kd, Losses
-from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import check_fit
 from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.models.kept_zeros import zeros_of

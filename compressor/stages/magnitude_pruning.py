@@ -9,8 +9,8 @@ from typing import Literal, Self, final
 from pydantic import Field, model_validator
 from torch import nn
 
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import check_recovery, recover
-from compressor.distillation.settings import DistillationSettings
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import structural_edits
 from compressor.pruning.allocation import (

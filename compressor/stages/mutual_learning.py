@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine, Panel, logit_losses
-from compressor.distillation.settings import DistillationFields
 from compressor.distillation.setup import check_fit, check_outputs, training_data
 from compressor.models.artifact import TorchModel
 from compressor.references.reference import Reference

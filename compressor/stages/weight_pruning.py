@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import check_recovery, recover
-from compressor.distillation.settings import DistillationSettings
 from compressor.errors import StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import KeptZeros, zeros_of

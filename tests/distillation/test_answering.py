@@ -12,8 +12,8 @@ from torch import nn
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.answering import answer, check_replayable, data_of, origin_of
 from compressor.distillation.distil import Student, distil
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.losses import Losses
-from compressor.distillation.settings import DistillationSettings
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import Ensemble

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.distil import DistillationObjective, Student, distil
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.learner import Learner, layer_pairs, learner
 from compressor.distillation.losses import Losses
 from compressor.distillation.panel import Panel
-from compressor.distillation.settings import DistillationSettings
 from compressor.distillation.setup import check_fit, training_data
 from compressor.distillation.teachers import LiveTeacher
 from compressor.errors import InputError

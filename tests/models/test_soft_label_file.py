@@ -15,9 +15,9 @@ from torch import nn
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.answering import origin_of
 from compressor.distillation.distil import Student, distil
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.losses import Losses
 from compressor.distillation.response import tail_bucket_loss
-from compressor.distillation.settings import DistillationSettings
 from compressor.distillation.teachers import StoredTeacher
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel

@@ -273,7 +273,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from compressor import Samples, TorchModel
 from compressor.distillation.distil import Student, distil
-from compressor.distillation.settings import DistillationSettings
+from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
 from compressor.training.settings import Optimizer
