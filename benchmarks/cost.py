@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.records.environment import environment
 from compressor.report.json import read_report
@@ -81,8 +81,7 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"<sub>`{result['command']}`, {result['date']}: MNIST, LeNet-5, one epoch of each training; the smallest of "
         f"{len(turns)} turns, whose sums spread by up to {100 * spread:.0f} % (standard deviation). {facts['cores']} "
-        f"cores of {facts['cpu']}, torch {facts['versions']['torch']}; all of it in "
-        f"[cost.json](benchmarks/results/cost.json).</sub>",
+        f"cores of {cpu(facts)}, torch {facts['versions']['torch']}; all of it in {link('cost')}.</sub>",
     ]
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.measure.latency import t_quantile
 from compressor.measure.quality import agreement
@@ -223,8 +223,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"<sub>`{result['command']}`, {result['date']}: {teacher} teaches ResNet-8 on CIFAR-10 as JPEG files, "
         f"{result['steps']} steps, {seeds} seeds, mean ± standard deviation of the accuracy on "
         f"{result['test_samples']:,} test images after the last step; gains in points with Student's 95 % interval "
-        f"over seeds. {facts['cpu']}, {versions}; all of it in "
-        "[distillation.json](benchmarks/results/distillation.json).</sub>"
+        f"over seeds. {cpu(facts)}, {versions}; all of it in {link('distillation')}.</sub>"
     )
     return "\n".join([*lines, "", source])
 

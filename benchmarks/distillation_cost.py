@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,17 +29,19 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.measure.latency import ratio_interval
 from compressor.models.artifact import TorchModel
 from compressor.records.environment import environment
+from compressor.records.measurements import Latency
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
 from compressor.stages.distillation import Distillation
 from compressor.stages.soft_labels import SoftLabels
 from compressor.stages.training import Training
 from compressor.task import Augmentation, Samples, Task
+from compressor.text import figures
 
 ROUNDS, SAMPLES, SIZES, CLASSES = 16, 2560, (5_000, 20_000), 1000
 LIMIT = 1.05
@@ -85,7 +88,27 @@ def main() -> None:
         )
     for size, peak in memory.items():
         print(f"{size} samples: peak of {peak / 1e6:.1f} MB, soft labels of {2 * CLASSES * 2 * size / 1e6:.0f} MB")
-    publish("distillation_cost", "python benchmarks/distillation_cost.py DATA_DIR WEIGHTS_FILE", result)
+    publish("distillation_cost", "python benchmarks/distillation_cost.py DATA_DIR WEIGHTS_FILE", result, table)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result in two sentences: what an epoch takes beside a plain one, and how memory grows with the data."""
+    stored, live = (interval_speed(result["epoch_over_plain_epoch"][name]) for name in ("soft_labels", "live_teacher"))
+    few, many = result["peak_anonymous_bytes_by_samples"].items()
+    facts = result["environment"]
+    return (
+        f"An epoch that learns from soft labels is {stored} than one that learns from labels alone. An epoch with "
+        f"ResNet-56 as a live teacher is {live}. Peak memory is {figures.size(few[1])} with {int(few[0]):,} samples "
+        f"and {figures.size(many[1])} with {int(many[0]):,}.\n\n<sub>`{result['command']}`, {result['date']}: "
+        f"ResNet-8, one thread, {result['rounds']} rounds. {cpu(facts)}, torch {facts['versions']['torch']}; all of "
+        f"it in {link('distillation_cost')}.</sub>"
+    )
+
+
+def interval_speed(found: Mapping[str, Any]) -> str:
+    """A ratio of times with its interval, in words."""
+    high, low = (1 / end for end in found["interval_95"])
+    return figures.speed(Latency(p50_ms=1.0, ratio=1 / found["ratio"], ratio_low=low, ratio_high=high))
 
 
 def epoch_ratios(task: Task, weights_file: Path) -> dict[str, Mapping[str, object]]:

@@ -1,10 +1,10 @@
-"""The README's tables of the headline results: figures that `suite.py` found in, Markdown out."""
+"""The tables of the headline results, for docs/results.md and README: figures of `suite.py` in, Markdown out."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from publish import RESULTS
+from publish import RESULTS, cpu, link
 
 from compressor.records.measurements import Latency
 from compressor.report.json import read_report
@@ -19,6 +19,13 @@ NETWORKS = {
     "cifar10_parts": "ResNet-56 in parts",
 }
 """What each part of the suite compresses."""
+SUMMARY = {
+    "digits": "digits, the demo",
+    "mnist": "MNIST, LeNet-5",
+    "mnist_300_100": "MNIST, LeNet-300-100",
+    "cifar10": "CIFAR-10, ResNet-56",
+}
+"""The rows of README's table."""
 DEEP_COMPRESSION = {"mnist": (39, 0.9920, 0.9926), "mnist_300_100": (40, 0.9836, 0.9842)}
 """How much smaller Han et al. (2016) made the same network, and its test accuracy before and after (table 1)."""
 WHOLE = "distillation → pruning → int8 (QAT)"
@@ -26,7 +33,7 @@ PRUNED_FIRST = "pruning, to that size → distillation → int8 (QAT)"
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The README's results: the demo, MNIST beside Deep Compression, CIFAR-10 in parts and beside peers."""
+    """The headline results in full: the demo, MNIST beside Deep Compression, CIFAR-10 in parts and beside peers."""
     demo = read_report(RESULTS / "pipeline_digits.json")
     _, headline, of_demo, *_ = to_markdown(demo).split("\n\n")
     facts = result["environment"]
@@ -36,10 +43,39 @@ def table(result: Mapping[str, Any]) -> str:
     provenance = (
         f"<sub>`{result['command']}`, {dates(networks)}. Ranges and standard deviations (±) are over seeds, everything "
         f"else is of seed {first}; sizes without what exporters leave of themselves. {facts['cores']} cores of "
-        f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {versions}; all of it in [headline.json]"
-        f"(benchmarks/results/headline.json), reports of seed {first} in pipeline_*.json beside it.</sub>"
+        f"{cpu(facts)}, {versions}; all of it in {link('headline')}, reports of seed {first} in pipeline_*.json beside "
+        "it.</sub>"
     )
     return "\n\n".join([f"**{demo.pipeline}**: {headline}", of_demo, of_mnist(result), of_cifar10(result), provenance])
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """README's one table: what comes in and what goes out, for each network."""
+    lines = [
+        "| network | file | | speed at batch 1 | accuracy before | after |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for name, network in SUMMARY.items():
+        runs = result["networks"][name]["runs"]
+        after = runs[0]["size_bytes"]
+        before = round(runs[0]["size_ratio"] * after)
+        smaller, faster = ([run[figure] for run in runs] for figure in ("size_ratio", "latency"))
+        lines.append(
+            f"| {network} | {size(before)} → {size(after)} | {least_and_most(smaller)} smaller | "
+            f"{least_and_most([one['ratio'] for one in faster])} faster | "
+            f"{mean([run['baseline_accuracy'] for run in runs])} | {mean([run['accuracy'] for run in runs])} |"
+        )
+    facts = result["environment"]
+    seeds = ", ".join(
+        f"{network} {count(len(result['networks'][name]['runs']), 'seed')}"
+        for name, network in NETWORKS.items()
+        if name in SUMMARY
+    )
+    source = (
+        f"<sub>ONNX files under ONNX Runtime {facts['versions']['onnxruntime']}, one thread of {cpu(facts)}, a CPU "
+        f"with VNNI. {seeds}; ± is a standard deviation over them.</sub>"
+    )
+    return "\n".join([*lines, "", source])
 
 
 def of_mnist(result: Mapping[str, Any]) -> str:

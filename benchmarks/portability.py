@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the examples' data
 
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.records.environment import environment
 from quantization import task_of
@@ -108,8 +108,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"<sub>`{result['command']}`, {result['date']}: logits of {result['images']} test images, beside those on "
-        f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), onnxruntime {facts['versions']['onnxruntime']}; "
-        "all of it in [portability.json](benchmarks/results/portability.json).</sub>",
+        f"{cpu(facts)}, onnxruntime {facts['versions']['onnxruntime']}; all of it in {link('portability')}.</sub>",
     ]
     return "\n".join(lines)
 

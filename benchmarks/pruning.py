@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "pipelines")]  # the example's models and data
 
 import cifar10
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import recover
@@ -242,8 +242,7 @@ def table(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {environment_facts['versions'][name]}" for name in ("torch", "torch-pruning"))
     source = (
         f"<sub>`{result['command']}`, {result['date']}: CIFAR-10 as JPEG files, one epoch of recovery, {len(SEEDS)} "
-        f"seeds, mean ± standard deviation. {environment_facts['cpu']}, {versions}; all of it in "
-        "[pruning.json](benchmarks/results/pruning.json).</sub>"
+        f"seeds, mean ± standard deviation. {cpu(environment_facts)}, {versions}; all of it in {link('pruning')}.</sub>"
     )
     return "\n".join([*lines, "", source])
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "pipelines"), str(ROOT / "benchmarks")]  # the exampl
 import cifar10
 import digits
 import mnist
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.latency import time_models
@@ -65,7 +65,7 @@ SHOWN = {
     "quantize_static tuned, Percentile",
     "NNCF, performance",
 }
-"""What the README shows of them."""
+"""What docs/results.md shows of them."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "lenet5": {"epochs": 3, "batch_size": 128},
     "mobile": {"epochs": 60, "batch_size": 64, "optimizer": {"learning_rate": 0.003}},
@@ -311,10 +311,9 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"<sub>`{result['command']}`, {result['date']}: one seed, test images, batch 1 on one thread, sizes without "
         f"metadata; a latency session for each network: in each, the baseline timed against itself differs by up to "
-        f"{', '.join(noises)}. {facts['cpu']} ({', '.join(facts['cpu_flags'])}), torch {versions['torch']}, "
-        f"onnxruntime {versions['onnxruntime']}, NNCF {versions['nncf']}; all of it in "
-        f"[quantization.json](benchmarks/results/quantization.json), with all range methods. Times on x86 without VNNI "
-        f"and on ARM: not measured.</sub>",
+        f"{', '.join(noises)}. {cpu(facts)}, torch {versions['torch']}, "
+        f"onnxruntime {versions['onnxruntime']}, NNCF {versions['nncf']}; all of it in {link('quantization')}, "
+        f"with all range methods. Times on x86 without VNNI and on ARM: not measured.</sub>",
     ]
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "pipelines")]  # the examples' models and data
 
 import cifar10
 import mnist
-from publish import publish
+from publish import cpu, link, publish
 
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.model import measure
@@ -209,8 +209,8 @@ def table(result: Mapping[str, Any]) -> str:
     facts = result["environment"]
     source = (
         f"<sub>`{result['command']}`, {result['date']}: {len(SEEDS)} seeds, mean ± standard deviation on all test "
-        f"images; the dense file is float32, not compressed. {facts['cpu']}, "
-        f"torch {facts['versions']['torch']}; all of it in [sparsity.json](benchmarks/results/sparsity.json).</sub>"
+        f"images; the dense file is float32, not compressed. {cpu(facts)}, torch {facts['versions']['torch']}; "
+        f"all of it in {link('sparsity')}.</sub>"
     )
     return "\n".join([*lines, "", source])
 

@@ -4,8 +4,9 @@ Runs the demo, the pipelines of MNIST and CIFAR-10 with each seed, and with the 
 parts, each technique alone and every pair, and with pruning first. All stages are kept under runs/headline, and the
 same command goes on from there. When every model is made, pipelines are timed again with nothing else running, and the
 parts in one session beside the int8 that onnxruntime and NNCF (`pip install '.[peers]'`) make of the same teacher.
-The first seed's reports and the figures of all go to benchmarks/results, tables to the README. With `--only` the other
-pipelines keep the figures that are committed, which must come from the same machine and versions.
+The first seed's reports and the figures of all go to benchmarks/results, tables to docs/results.md; `make docs` then
+writes README's. With `--only` the other pipelines keep the figures that are committed, which must come from the same
+machine and versions.
 """
 
 import argparse
@@ -44,7 +45,7 @@ SAME_MACHINE = ("cpu", "cpu_flags", "cores", "architecture", "python", "versions
 
 
 def main() -> None:
-    """Run what has not been run, then time, and write results and README."""
+    """Run what has not been run, then time, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("mnist_dir", type=Path)
     parser.add_argument("cifar10_dir", type=Path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from publish import publish
+from publish import cpu, link, publish
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -163,9 +163,9 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"<sub>`{result['command']}`, {result['date']}: {BLOCKS} blocks of width {WIDTH}, random weights, one sample "
         f"({TOKENS} tokens; 64 patches) on one thread; a latency session for each network: in each, the baseline timed "
-        f"against itself differs by up to {100 * noise:.1f} %. {facts['cpu']} ({', '.join(facts['cpu_flags'])}), "
+        f"against itself differs by up to {100 * noise:.1f} %. {cpu(facts)}, "
         f"torch {facts['versions']['torch']}, onnxruntime {facts['versions']['onnxruntime']}; all of it in "
-        f"[transformer_int8.json](benchmarks/results/transformer_int8.json).</sub>",
+        f"{link('transformer_int8')}.</sub>",
     ]
     return "\n".join(lines)
 

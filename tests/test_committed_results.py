@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from ruamel.yaml import YAML
 from compressor.report.json import read_report
 
 ROOT = Path(__file__).parents[1]
+TABLES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if "\ndef table(" in file.read_text())
+"""Benchmarks that make a table of what they found."""
 
 
 @pytest.fixture
@@ -29,28 +32,34 @@ def script(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["cost", "distillation", "headline", "portability", "pruning", "quantization", "sparsity", "transformer_int8"],
-)
-def test_the_readme_has_the_table_of_the_committed_results(script, name):
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_has_the_table_of_the_committed_results(script, name):
+    page = (ROOT / "docs/results.md").read_text()
+    assert script("publish").splice(page, name, script(name).table(result_of(name))) == page
+
+
+def test_the_page_has_no_other_tables():
+    page = (ROOT / "docs/results.md").read_text()
+    assert sorted(re.findall("<!-- (.*):begin -->", page)) == TABLES
+
+
+def test_the_readme_sums_up_the_committed_results(script):
     readme = (ROOT / "README.md").read_text()
-    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert script("publish").splice(readme, name, script(name).table(result)) == readme
+    assert script("publish").splice(readme, "summary", script("headline").summary(result_of("headline"))) == readme
 
 
 @pytest.fixture
 def publishing(script, monkeypatch, tmp_path):
-    """`benchmarks/publish.py`, writing to `tmp_path`, where README.md has a table of `fit`."""
+    """`benchmarks/publish.py`, writing to `tmp_path`, where the page has a table of `fit`."""
     module = script("publish")
-    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    module.README.write_text("above\n\n<!-- fit:begin -->\nolder\n<!-- fit:end -->\n\nbelow\n")
+    module.PAGE.write_text("above\n\n<!-- fit:begin -->\nolder\n<!-- fit:end -->\n\nbelow\n")
     return module
 
 
 def test_a_table_replaces_the_older_one_and_keeps_the_text_around_it(publishing):
-    assert publishing.splice(publishing.README.read_text(), "fit", "newer\n| 1 |") == (
+    assert publishing.splice(publishing.PAGE.read_text(), "fit", "newer\n| 1 |") == (
         "above\n\n<!-- fit:begin -->\nnewer\n| 1 |\n<!-- fit:end -->\n\nbelow\n"
     )
 
@@ -71,16 +80,16 @@ def test_what_is_published_is_dated_and_the_table_is_made_of_what_the_file_holds
     assert list(written) == ["command", "date", "seconds"]
     assert written["command"] == "python fit.py"
     assert before <= written["date"] <= publishing.today()
-    assert publishing.README.read_text().count("\n{'2': [1.5]}\n") == 1
+    assert publishing.PAGE.read_text().count("\n{'2': [1.5]}\n") == 1
     assert capsys.readouterr().out == "{'2': [1.5]}\n"
 
 
-def test_figures_are_written_even_where_the_readme_has_no_marks(publishing):
-    publishing.README.write_text("above\n")
+def test_figures_are_written_even_where_the_page_has_no_marks(publishing):
+    publishing.PAGE.write_text("above\n")
     with pytest.raises(ValueError, match="found neither"):
         publishing.publish("fit", "python fit.py", {"seconds": 1.5}, lambda _result: "newer")
     assert json.loads((publishing.RESULTS / "fit.json").read_text())["seconds"] == 1.5
-    assert publishing.README.read_text() == "above\n"
+    assert publishing.PAGE.read_text() == "above\n"
 
 
 def test_a_row_states_its_seeds_with_mean_and_standard_deviation(script):
@@ -183,6 +192,10 @@ def test_figures_of_another_machine_or_seed_are_not_kept(committed):
         suite.kept([0], ["cifar10"], {**facts, "cpu": "another"})
     with pytest.raises(RuntimeError, match=r"got another seed; run without --only"):
         suite.kept([1], ["cifar10"], facts)
+
+
+def result_of(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 def latency(ratio: float) -> dict:
