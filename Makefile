@@ -22,6 +22,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The generated parts of README and docs/, and the schema for editors.
+.PHONY: docs
+docs: $(VENV)/.dev
+	$(BIN)/python docs/update.py
+
 # torch goes first and alone, pinned: nothing that follows may then pull another build of it.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +58,7 @@ studies: demo $(VENV)/.peers
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/startup.py runs/digits pipelines/digits.yaml
+	$(BIN)/python benchmarks/bench.py runs/digits
 	$(BIN)/python benchmarks/distillation.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
 	$(BIN)/python benchmarks/distillation_cost.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
 	$(BIN)/python benchmarks/pruning.py $(CIFAR10) $(WEIGHTS)/resnet56_cifar10.safetensors
