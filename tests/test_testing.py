@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,18 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.config.chain import find_stage
+from compressor.config.installed_stages import describe_stages, stage_names
 from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.models.kept_zeros import KeptZeros
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
-from compressor.stages.distillation import Distillation
-from compressor.stages.int8_ptq import Int8Ptq
-from compressor.stages.int8_qat import Int8Qat
-from compressor.stages.mutual_learning import MutualLearning
-from compressor.stages.onnx_export import OnnxExport
-from compressor.stages.soft_labels import SoftLabels
-from compressor.stages.training import Training
-from compressor.stages.weight_only import WeightOnly
 from compressor.task import Task
 from compressor.testing import check_stage
 
@@ -110,22 +105,41 @@ def test_installed_stage_keeps_the_contract(site, tmp_path):
     assert used.returncode == 0, used.stderr
 
 
+EXAMPLES = {
+    "training": [{"epochs": 1}],
+    "soft_labels": [{}],
+    "distillation": [
+        {"student": {"factory": PLAIN.factory}, "epochs": 1},
+        {"width": 0.5, "epochs": 1},
+        {"epochs": 1, "generations": 2},
+    ],
+    "mutual_learning": [{"students": [{"factory": PLAIN.factory}, {"factory": PLAIN.factory}], "epochs": 1}],
+    "sensitivity": [{"grid": [0.5], "samples": 64}],
+    "magnitude_pruning": [{"pruning_ratio": 0.5, "round_to": 8}],
+    "weight_pruning": [{"sparsity": 0.5}],
+    "int8_ptq": [{"calibration_samples": 64}],
+    "int8_qat": [{"calibration_samples": 64, "epochs": 2}],
+    "weight_only": [{}],
+    "onnx_export": [{}],
+}
+"""Settings of each stage of this package, by the name that pipeline files have for it."""
+
+
+def test_every_stage_of_this_package_has_an_example():
+    ours = {one.name for one in describe_stages() if one.origin.startswith("compressor ")}
+    assert EXAMPLES.keys() == ours
+
+
 @pytest.mark.parametrize(
-    "stage",
+    ("name", "settings"),
     [
-        pytest.param(Training(epochs=1), id="training"),
-        pytest.param(SoftLabels(), id="soft_labels"),
-        pytest.param(Distillation(student=PLAIN, epochs=1), id="distillation"),
-        pytest.param(Distillation(width=0.5, epochs=1), id="distillation-width"),
-        pytest.param(Distillation(epochs=1, generations=2), id="distillation-born-again"),
-        pytest.param(MutualLearning(students=(PLAIN, PLAIN), epochs=1), id="mutual_learning"),
-        pytest.param(Int8Ptq(calibration_samples=64), id="int8_ptq"),
-        pytest.param(Int8Qat(calibration_samples=64, epochs=2), id="int8_qat"),
-        pytest.param(WeightOnly(), id="weight_only"),
-        pytest.param(OnnxExport(), id="onnx_export"),
+        pytest.param(name, settings, id="-".join([name, *settings]))
+        for name, examples in EXAMPLES.items()
+        for settings in examples
     ],
 )
-def test_built_in_stage_keeps_the_contract(stage, digits_task):
+def test_built_in_stage_keeps_the_contract(name, settings, digits_task):
+    stage = find_stage(name, stage_names()).model_validate_json(json.dumps(settings))
     check_stage(stage, TorchModel.build(PLAIN, seed=0), digits_task)
 
 
