@@ -40,6 +40,7 @@ from compressor.measure.model import measure
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import structural_edits
 from compressor.records.environment import environment
+from compressor.records.findings import Finding, Reached
 from compressor.records.measurements import Latency
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
@@ -178,14 +179,15 @@ def latency_goal(asked: float, dense: TorchModel, task: Task, kept: Path) -> dic
     """Search for a model that is `asked` times as fast; what the search measured, and what the model has left."""
     found: dict[str, Any] = {"asked": asked}
 
-    def reached(_name: str, _asked: float, achieved: float) -> None:
-        found["achieved"] = achieved
+    def report(finding: Finding) -> None:
+        if isinstance(finding, Reached):
+            found["achieved"] = finding.achieved
 
     directory = kept / f"goal {asked}"
     directory.mkdir(exist_ok=True)
     stage = MagnitudePruning(latency_ratio=asked, **{**CUT, "round_to": GOAL_ROUND_TO})
     start = time.perf_counter()
-    model = stage.apply(dense, task, replace(context(dense, directory, 0), reached=reached))
+    model = stage.apply(dense, task, replace(context(dense, directory, 0), report=report))
     found["seconds"] = time.perf_counter() - start
     return {**found, **facts(model, task, kept / f"goal {asked}.onnx")}
 

@@ -46,7 +46,7 @@ from compressor.stages.int8_ptq import Int8Ptq
 from compressor.stages.int8_qat import Int8Qat
 from compressor.stages.magnitude_pruning import MagnitudePruning
 from compressor.stages.training import Training
-from compressor.task import Samples, Task, gather, spread
+from compressor.task import Samples, Task, evenly_spaced, gather
 from compressor.text.figures import size, size_ratio, speed
 
 NETWORKS = ("lenet5", "mobile", "resnet20", "resnet56")
@@ -196,7 +196,7 @@ def by_nncf(file: Path, task: Task, preset: str, directory: Path) -> OnnxModel:
 
 def calibration_arrays(task: Task, *, batch_size: int) -> Iterator[np.ndarray]:
     """The samples on which ours calibrates, so many at a time."""
-    indices = spread(task.calibration, CALIBRATION_SAMPLES)
+    indices = evenly_spaced(task.calibration, CALIBRATION_SAMPLES)
     for start in range(0, len(indices), batch_size):
         yield gather(task.calibration, indices[start : start + batch_size]).inputs[0].numpy()
 
