@@ -202,7 +202,7 @@ def test_answers_that_were_whole_are_not_computed_again(counting, task, tmp_path
     CountingNetwork.calls.clear()
     again = answered(counting, task, tmp_path, views=2)
     assert CountingNetwork.calls == []
-    assert again.soft_labels.path.read_bytes() == whole
+    assert again.attachment(SoftLabelFile).path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("stop_at", [[], [6]], ids=["whole", "cut-off"])
