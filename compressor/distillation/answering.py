@@ -81,7 +81,7 @@ def answer(
         log("they are there from an interrupted run")
         return SoftLabelFile.open(broadcast(path))
     shards = _Shards(directory / "shards" / hashlib.sha256(origin.model_dump_json().encode()).hexdigest()[:16], origin)
-    done = broadcast(shards.done() if group.is_main_process else None)
+    done = broadcast(shards.count_whole() if group.is_main_process else None)
     if done:
         log(f"{done} of {len(shards.spans)} shards are there from an interrupted run")
     modules = [copy.deepcopy(member).to(device).eval() for member, _ in members_of(teacher.module)]
@@ -102,7 +102,7 @@ def answer(
 
 
 def _is_whole(path: Path, origin: Origin) -> bool:
-    """Whether soft labels from `origin` lie at `path`; what else lies there will be written over."""
+    """Whether soft labels from `origin` lie at `path`. Anything else there will be written over."""
     try:
         return path.exists() and SoftLabelFile.open(path).origin == origin
     except InputError:
@@ -132,7 +132,7 @@ def check_replayable(data: TrainingData) -> None:
 
 @dataclass(frozen=True)
 class _Shards:
-    """Pieces of the file to come, each there whole or not at all."""
+    """Pieces of the file to come. Each is there whole, or counts as missing."""
 
     directory: Path
     origin: Origin
@@ -146,11 +146,11 @@ class _Shards:
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:
-        """Files by name of the tensor, in the order of the file."""
+        """The files of each tensor, by its name, in the order of the shards."""
         return {name: [self._file(i, name) for i in range(len(self.spans))] for name in self.origin.tensors}
 
-    def done(self) -> int:
-        """How many shards, from the first on, are there in their size; the directory is made."""
+    def count_whole(self) -> int:
+        """Make the directory; count the shards that are there whole, up to the first that is not."""
         self.directory.mkdir(parents=True, exist_ok=True)
         whole = [
             all(self._is_whole(name, position) for name in self.origin.tensors) for position in range(len(self.spans))
@@ -202,7 +202,7 @@ def _answers(
 
 
 def _interleave(parts: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Put together what the processes found, each for every `len(parts)`-th row."""
+    """Put together what the processes found: of n processes, each has every n-th row."""
     whole = {name: part.new_empty((count, *part.shape[1:])) for name, part in parts[0].items()}
     for index, part in enumerate(parts):
         for name, values in part.items():

@@ -11,7 +11,7 @@ from compressor.training.settings import TrainingFields
 
 
 class DistillationFields(TrainingFields, ABC):
-    """The settings of all that distils; a stage inherits them, `DistillationSettings` is them alone."""
+    """The settings of everything that distils. A stage inherits them; `DistillationSettings` has no others."""
 
     losses: Losses = Losses(kd=Kd(), hard=Hard())
     combine: Combine | None = None

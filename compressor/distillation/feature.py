@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.distillation.pairs import match_shapes, of_same_samples, widen
+from compressor.distillation.pairs import match_samples, match_shapes, widen
 from compressor.errors import InputError
 
 
@@ -47,7 +47,7 @@ def attention_transfer_loss(
     optimum: the two need different weights. Features: (N, C, H, W), of which the larger are average-pooled to the
     smaller, or tokens (N, L, D). Returns (N,). Raises InputError if the maps of tokens differ in length.
     """
-    student, teacher = of_same_samples(student_features, teacher_features)
+    student, teacher = match_samples(student_features, teacher_features)
     if student.ndim == teacher.ndim == 4:
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
         student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

@@ -7,7 +7,7 @@ from compressor.errors import InputError
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return `tensor` in float32, or in float64 if it is that: squares and 1e-8 leave the range of half precision."""
+    """Return `tensor` in float32, or in float64 if it is that. Squares and 1e-8 leave the range of half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -22,7 +22,7 @@ def match_shapes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return widen(student), widen(teacher)
 
 
-def of_same_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def match_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Return both, widened; raises InputError if their first dimensions, the samples, differ."""
     if len(student) != len(teacher):
         msg = f"student and teacher must see the same samples, got {len(student)} and {len(teacher)}"

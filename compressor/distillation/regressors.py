@@ -14,11 +14,13 @@ _INTERPOLATIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def regressor(student: LayerOutput, teacher: LayerOutput) -> "Regressor":
-    """Make what maps features of one student layer to the size of those of one teacher layer.
+    """Make the module that brings features of a student layer to the size of those of its teacher layer.
 
-    Channels by a convolution of size 1 (Romero et al. 2015, FitNets, section 2.2), or a linear layer where they come
-    last; torch's generator draws its weights. Raises InputError unless both outputs are (N, C), tokens (N, L, C),
-    (N, C, L), maps (N, C, H, W) or (N, C, D, H, W), of equally many dimensions.
+    A convolution of size 1 maps the channels (Romero et al. 2015, FitNets, section 2.2), or a linear layer where
+    channels come last. Its weights come from torch's generator.
+
+    Raises InputError unless both outputs are (N, C), tokens (N, L, C), (N, C, L), maps (N, C, H, W) or (N, C, D, H, W),
+    of equally many dimensions.
     """
     rank = len(student.shape)
     if rank != len(teacher.shape) or not 2 <= rank <= 5:
@@ -63,9 +65,10 @@ class Regressor(nn.Module):
 
 
 def resize(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Change (N, C, …) to (N, C, *`size`): a dimension that is too large is averaged, too small interpolated linearly.
+    """Change (N, C, …) to (N, C, *`size`).
 
-    Returns `features` itself if they have that size.
+    A dimension that is too large is averaged; one that is too small is interpolated linearly. Returns
+    `features` itself if they have that size.
     """
     pooled = [min(found, wanted) for found, wanted in zip(features.shape[2:], size, strict=True)]
     if pooled != list(features.shape[2:]):

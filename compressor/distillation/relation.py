@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.distillation.pairs import of_same_samples
+from compressor.distillation.pairs import match_samples
 
 
 def relational_distance_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def relational_distance_loss(student_embeddings: Tensor, teacher_embeddings: Ten
     over all N² ordered pairs, a sample with itself included. Unchanged by rotating, moving or scaling either side's
     embeddings. Returns (N,).
     """
-    student, teacher = of_same_samples(student_embeddings, teacher_embeddings)
+    student, teacher = match_samples(student_embeddings, teacher_embeddings)
     return F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="none").mean(dim=1)
 
 
@@ -33,7 +33,7 @@ def relational_angle_loss(student_embeddings: Tensor, teacher_embeddings: Tensor
     or scaling either side's embeddings. Returns (N,). Memory: several times N³ + N²·D floats; in float32 N³ alone is
     8 MB for 128 samples and 4 GB for 1024.
     """
-    student, teacher = of_same_samples(student_embeddings, teacher_embeddings)
+    student, teacher = match_samples(student_embeddings, teacher_embeddings)
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher), reduction="none").mean(dim=(1, 2))
 
 
@@ -43,7 +43,7 @@ def similarity_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> T
     ‖G_s - G_t‖_F² / N² with G = F Fᵀ, its rows divided by their L2 norm, Tung & Mori 2019 (SP, arXiv 1907.09682).
     Returns (N,).
     """
-    student, teacher = of_same_samples(student_embeddings, teacher_embeddings)
+    student, teacher = match_samples(student_embeddings, teacher_embeddings)
     return (_similarities(student) - _similarities(teacher)).square().mean(dim=1)
 
 

@@ -46,6 +46,7 @@ class Descent:
         weights = self.objective.weights(progress)
         total = functools.reduce(operator.add, (weight * means[name] for name, weight in weights.items()))
         _check_finite(total, means, self._place(number))
+        # Only float16 needs Accelerate here. Elsewhere it costs 0.2 ms a step, for it searches the import path.
         if self.accelerator.scaler is None:
             torch.autograd.backward(total)
         else:
@@ -89,8 +90,7 @@ def begin_descent(
     trained = copy.deepcopy(module).train().to(accelerator.device)
     moving = _torch_optimizer(trained, optimizer)
     masks = [(weight.detach(), weight == 0) for weight in map(trained.get_parameter, zeros)]
-    if accelerator.scaler is not None:
-        # Only float16 needs this; elsewhere it costs 0.2 ms a step, since each searches the import path.
+    if accelerator.scaler is not None:  # for the same reason as in `Descent.step`
         moving = accelerator.prepare_optimizer(moving)
     return Descent(trained, objective, optimizer, moving, masks, steps, accelerator)
 

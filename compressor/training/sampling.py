@@ -14,11 +14,11 @@ from compressor.task import IGNORED, Augmentation, Inputs, Split, gather, unifor
 
 
 class TrainingBatch(NamedTuple):
-    """Samples as one view shows each: inputs, each (N, …), and the targets, (L, …), of the first L ≤ N.
+    """Samples, each as one view shows it: inputs, each (N, …), and the targets, (L, …), of the first L ≤ N.
 
     The other samples have no label. `counted`, (N, …), is False for a sample or token that does not count; None if all
-    do. `rows`, (N,), number samples over the training split and, behind it, the unlabeled one; with `views`, (N,), they
-    name what was drawn whatever batch it falls in.
+    do. `rows`, (N,), number the samples: first those of the training split, then those of the unlabeled one. `rows` and
+    `views`, (N,), together name what was drawn, whatever batch it falls in.
     """
 
     inputs: Inputs
@@ -30,7 +30,7 @@ class TrainingBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples to learn from: a labeled split and, making up `unlabeled_share` of each batch, one without labels.
+    """Samples to learn from: a labeled split, and one without labels that fills `unlabeled_share` of each batch.
 
     `augmentation` shows a sample in another view each time it is drawn; `seed` chooses the views. With `views` there
     are so many of them, which take turns. `first_epoch` epochs of samples count as seen: order and views go on from
@@ -49,7 +49,10 @@ class TrainingData:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
 
     def view(self, inputs: Inputs, rows: NDArray[np.int64], view: int | NDArray[np.int64]) -> Inputs:
-        """`inputs` of the samples `rows` as `view`, one for all or one for each, shows them: the same every time."""
+        """Return `inputs`, those of the samples `rows`, as `view` shows them: one for all, or one for each.
+
+        The same view of a sample is the same every time.
+        """
         if self.augmentation is None:
             return inputs
         return self.augmentation.apply(inputs, uniform_numbers(self.seed, view, rows, self.augmentation.numbers))
@@ -73,9 +76,9 @@ class Draws:
 
 
 def draws(data: TrainingData, batch_size: int, processes: int) -> Draws:
-    """Divide a global batch of `batch_size`, smaller if there are fewer samples, among the splits.
+    """Divide a global batch of `batch_size` among the splits; with fewer samples the batch is smaller.
 
-    An epoch has as many steps as it takes to draw as many samples as there are, the last incomplete batch left out.
+    An epoch draws as many samples as there are, and leaves out the last batch if it is incomplete.
     Raises InputError if a split is empty, a share gives no sample, or a part does not divide among the processes.
     """
     if len(data.labeled) == 0:
@@ -136,7 +139,7 @@ def training_batches(
 def _order(samples: int, count: int, epoch: int, generator: torch.Generator) -> NDArray[np.int64]:
     """Draw `count` of the numbers below `samples`; row 0 has them, row 1 how often each was drawn before.
 
-    They are whole permutations, one after another, the last cut off; earlier epochs drew as many times.
+    The numbers are whole permutations, one after another; the last one is cut off. Each earlier epoch took as many.
     """
     passes = -(-count // max(1, samples))
     orders = [torch.randperm(samples, generator=generator).numpy() for _ in range(passes)]
@@ -145,7 +148,7 @@ def _order(samples: int, count: int, epoch: int, generator: torch.Generator) -> 
 
 
 def _mark_counted(targets: Tensor, *, always: bool) -> Tensor | None:
-    """Which samples or tokens count; None if all do, unless the answer must have one form in every process."""
+    """Mark the samples or tokens that count; None if all do, but with `always` a mask even then."""
     if targets.is_floating_point():
         return None
     ignored = targets == IGNORED
@@ -153,7 +156,10 @@ def _mark_counted(targets: Tensor, *, always: bool) -> Tensor | None:
 
 
 def _join(counted: Tensor | None, more: Tensor | None, targets: Tensor, others: Tensor) -> Tensor | None:
-    """What counts of labeled and unlabeled samples together; of these all, where targets are not shaped like labels."""
+    """Join what counts of labeled and of unlabeled samples.
+
+    All unlabeled samples count if their targets are not shaped like those of labeled samples.
+    """
     if more is not None and more.shape[1:] != targets.shape[1:]:
         more = None
     if targets.is_floating_point() or (counted is None and more is None):

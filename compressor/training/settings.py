@@ -26,7 +26,7 @@ class Optimizer(BaseModel):
 
 
 class TrainingFields(BaseModel, ABC):
-    """The settings of all that trains; a stage inherits them, `TrainingSettings` is them alone."""
+    """The settings of everything that trains. A stage inherits them; `TrainingSettings` has no others."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -40,7 +40,7 @@ class TrainingFields(BaseModel, ABC):
 
 @final
 class TrainingSettings(TrainingFields):
-    """What `fit` is asked by a caller that is no stage."""
+    """What a caller that is no stage asks of `fit`."""
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
