@@ -8,7 +8,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
 from compressor.models.layers import is_within, paths_matching
-from compressor.pruning.allocation import Counts
 from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Plan, check_cut, without
 from compressor.pruning.transformers import transformer_units
@@ -33,24 +32,6 @@ class Pruned:
     def pruning_ratio(self) -> float:
         """Share of the channels that left."""
         return self.removed / sum(had for _, had in self.channels.values())
-
-
-@dataclass(frozen=True)
-class Cuttable:
-    """A module, what can leave it, and the order in which it does."""
-
-    module: nn.Module
-    example_inputs: Inputs
-    groups: tuple[Group, ...]
-    choose: Callable[[float], Plan]
-    """The units to remove by the share of channels that is to leave; more of them for a larger share."""
-
-    first: Callable[[Counts], Plan]
-    """The units to remove by how many each group is to lose."""
-
-    def cut(self, plan: Plan) -> Pruned:
-        """Remove the units of `plan`, as `prune_channels` does."""
-        return prune_channels(self.module, self.example_inputs, self.groups, plan)
 
 
 def prunable_groups(

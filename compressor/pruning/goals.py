@@ -30,7 +30,7 @@ _TIMING_PRECISION = 0.01
 LARGEST = 1 - 1e-9
 """The ratio that leaves every group at its smallest."""
 _RESOLUTION = 1e-9
-"""Ratios nearer than this are one: with two groups of 10,000 units each, plans follow one another by 1e-8."""
+"""Ratios nearer than this count as equal. Plans of two groups of 10,000 units each follow one another by 1e-8."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Goal:
         return achieved >= self.asked if self.quantity == "latency_ratio" else achieved <= self.asked
 
     def is_met_closely(self, achieved: float) -> bool:
-        """Whether a smaller cut that also meets the goal could not be told apart: times have errors, counts do not."""
+        """Whether the goal is met and no better search is possible: times have errors, counts do not."""
         tolerance = _TIMING_PRECISION if self.quantity == "latency_ratio" else 0
         return self.is_met(achieved) and abs(achieved - self.asked) <= tolerance * self.asked
 
     def __str__(self) -> str:
         bound = "at least" if self.quantity == "latency_ratio" else "at most"
-        return f"{self.quantity} must be {bound} {self.shown(self.asked)}"
+        return f"{self.quantity} must be {bound} {self.show(self.asked)}"
 
-    def shown(self, value: float) -> str:
-        """`value` in digits that say something."""
+    def show(self, value: float) -> str:
+        """Write `value` with as many digits as mean something."""
         return f"{value:.3g}" if self.quantity == "latency_ratio" else f"{value:,.0f}"
 
 
@@ -78,28 +78,28 @@ def reach(
     *,
     plan_of: Callable[[float], Plan],
     cut: Callable[[Plan], Pruned],
-    measured: Measure,
+    measure: Measure,
     log: Callable[[str], None],
 ) -> GoalResult:
     """Find the smallest cut of `module` that meets `goal`, by bisection over the pruning ratio.
 
-    `plan_of` takes a ratio in (0, 1); a larger one must remove the same units and more. No plan is measured twice. What
-    is returned met the goal when it was measured, and the next smaller plan did not; only a `latency_ratio` within the
-    precision of its measurement, 1 % above what was asked, ends the search sooner.
+    `plan_of` takes a ratio in (0, 1); for a larger ratio it must remove the same units and more. No plan is measured
+    twice. The result met the goal when it was measured, and the next smaller plan did not. A `latency_ratio` ends the
+    search sooner if it is at most 1 % above what was asked: times are measured no better than that.
 
     Raises StageError if `module` meets the goal uncut, or if the largest cut does not meet it; the message says what
     was found.
     """
-    check_unmet(goal, measured(module))
+    check_unmet(goal, measure(module))
 
-    def tried(pruning_ratio: float, plan: Plan) -> GoalResult:
+    def cut_and_measure(pruning_ratio: float, plan: Plan) -> GoalResult:
         pruned = cut(plan)
-        found = GoalResult(pruned, plan, pruning_ratio, measured(pruned.module))
-        shown = f"{goal.quantity} {goal.shown(goal.asked)} asked, {goal.shown(found.achieved)} achieved"
-        log(f"{shown} with {pruned.pruning_ratio:.1%} of the channels removed")
-        return found
+        result = GoalResult(pruned, plan, pruning_ratio, measure(pruned.module))
+        values = f"{goal.quantity} {goal.show(goal.asked)} asked, {goal.show(result.achieved)} achieved"
+        log(f"{values} with {pruned.pruning_ratio:.1%} of the channels removed")
+        return result
 
-    best = tried(LARGEST, _removing(plan_of(LARGEST)))
+    best = cut_and_measure(LARGEST, _removing(plan_of(LARGEST)))
     check_reachable(goal, best.achieved)
     low, too_little = 0.0, _removing({})
     while best.pruning_ratio - low > _RESOLUTION and not goal.is_met_closely(best.achieved):
@@ -109,8 +109,8 @@ def reach(
             low = middle
         elif plan == best.plan:
             best = replace(best, pruning_ratio=middle)
-        elif goal.is_met((found := tried(middle, plan)).achieved):
-            best = found
+        elif goal.is_met((result := cut_and_measure(middle, plan)).achieved):
+            best = result
         else:
             low, too_little = middle, plan
     return best
@@ -119,7 +119,7 @@ def reach(
 def check_unmet(goal: Goal, uncut: float) -> None:
     """Raise StageError if `uncut`, what the whole model achieves, meets the goal."""
     if goal.is_met(uncut):
-        msg = f"{goal}, which the model meets uncut with {goal.shown(uncut)}; ask for more, or leave out the pruning"
+        msg = f"{goal}, which the model meets uncut with {goal.show(uncut)}; ask for more, or leave out the pruning"
         raise StageError(msg)
 
 
@@ -127,7 +127,7 @@ def check_reachable(goal: Goal, best: float) -> None:
     """Raise StageError unless `best`, what the largest cut achieves, meets the goal."""
     if not goal.is_met(best):
         msg = (
-            f"{goal}, but the best reachable is {goal.shown(best)}, with every group of channels at its smallest; ask "
+            f"{goal}, but the best reachable is {goal.show(best)}, with every group of channels at its smallest; ask "
             "for less, protect fewer layers or lower round_to"
         )
         raise StageError(msg)
@@ -143,17 +143,17 @@ def measure_of(quantity: Quantity, reference: nn.Module, task: Task, *, max_seco
     """Give a function that exports a module and measures `quantity`; its files are gone afterwards.
 
     Counts are for the first example input. For `latency_ratio` the module and `reference`, the baseline, take turns in
-    one session on one thread, until the ratio's interval is ± 1 % or `max_seconds` each have passed.
+    one session on one thread. That ends when the ratio's interval is ± 1 %, or after `max_seconds` for each model.
     """
     inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
 
-        def exported(module: nn.Module) -> OnnxModel:
+        def export(module: nn.Module) -> OnnxModel:
             return to_onnx(module, task, directory / "candidate.onnx")
 
         def latency_ratio(module: nn.Module) -> float:
-            paths = (baseline.path, exported(module).path)
+            paths = (baseline.path, export(module).path)
             (_, latency), _ = time_models(paths, inputs=inputs, precision=_TIMING_PRECISION, max_seconds=max_seconds)
             return latency.ratio
 
@@ -166,4 +166,4 @@ def measure_of(quantity: Quantity, reference: nn.Module, task: Task, *, max_seco
                 "macs": lambda model: count_macs(load_graph(model.path), inputs, directory),
                 "size_bytes": lambda model: sum(file.stat().st_size for file in model.files),
             }
-            yield lambda module: counts[quantity](exported(module))
+            yield lambda module: counts[quantity](export(module))

@@ -22,6 +22,19 @@ class Schedule(BaseModel):
     """At most about a quarter of the epochs of recovery: most of them are needed after the last step."""
 
 
+def check_schedule(schedule: Schedule | None, epochs: int | None) -> None:
+    """Raise ValueError, for settings to show, if a schedule has not one epoch of recovery for each step.
+
+    `epochs` are those of the recovery; None without one.
+    """
+    if schedule is None:
+        return
+    if epochs is None:
+        msg = "schedule needs a recovery, which trains between its steps"
+        raise ValueError(msg)
+    division(epochs, schedule.steps)
+
+
 def ramp(final: float, steps: int, shape: Shape, *, start: float = 0.0) -> tuple[float, ...]:
     """What is reached after each of `steps` steps from `start`, the last of them `final`.
 

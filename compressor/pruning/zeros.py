@@ -1,7 +1,7 @@
 """Which weights become zero: exactly as many as asked, chosen by magnitude, shared out among the layers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compressor.errors import StageError
 from compressor.models.weights import count_zeros
+from compressor.text.figures import list_names
 
 Allocation: TypeAlias = Literal["lamp", "uniform", "global", "erk"]
 
@@ -100,6 +101,30 @@ def pattern_mask(weight: Tensor, n: int, m: int, *, input_dimension: int = 1) ->
     order = groups.argsort(dim=1, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, : m - n], True)
     return mask.view(channels_last.shape).movedim(-1, input_dimension)
+
+
+def pattern_masks(
+    weights: Mapping[str, Tensor], input_dimensions: Mapping[str, int], n: int, m: int
+) -> dict[str, Tensor]:
+    """`pattern_mask` of each weight whose input channels are a multiple of `m`, by name; the others have no mask.
+
+    `input_dimensions` has the dimension of the input channels by name. Raises StageError if no weight fits.
+    """
+    masks = {
+        name: pattern_mask(weight, n, m, input_dimension=input_dimensions[name])
+        for name, weight in weights.items()
+        if weight.shape[input_dimensions[name]] % m == 0
+    }
+    if not masks:
+        channels = [f"{name} ({weight.shape[input_dimensions[name]]})" for name, weight in weights.items()]
+        msg = f"pattern {n}:{m} needs a layer whose input channels are a multiple of {m}, got {list_names(channels)}"
+        raise StageError(msg)
+    return masks
+
+
+def share_of_zeros(weights: Collection[Tensor]) -> float:
+    """Zeros in `weights`, all together, divided by their numbers: in [0, 1]."""
+    return sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
 
 
 def _smallest_of_all(weights: Mapping[str, Tensor], count: int, score: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

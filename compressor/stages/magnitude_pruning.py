@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import partial
 from itertools import pairwise
-from typing import Literal, Self, final
+from typing import Self, final
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -13,23 +13,14 @@ from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import check_recovery, recover
 from compressor.models.artifact import TorchModel
 from compressor.models.edits import structural_edits
-from compressor.pruning.allocation import (
-    Allocation,
-    Counts,
-    StepOf,
-    by_ratios,
-    first,
-    multiples_of,
-    multiples_that_fit,
-    plan,
-)
-from compressor.pruning.channels import Cuttable, Pruned, prunable_groups
+from compressor.pruning.allocation import Counts, StepOf, multiples_of, multiples_that_fit
+from compressor.pruning.channels import Pruned, prunable_groups
 from compressor.pruning.conv1d import with_linears
-from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
+from compressor.pruning.criteria import Criterion
+from compressor.pruning.cuttable import CutAllocation, Cuttable
 from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
-from compressor.pruning.group_sensitivity import check_sensitivity, ratios_by_sensitivity
 from compressor.pruning.groups import Plan
-from compressor.pruning.schedule import Schedule, division, ramp
+from compressor.pruning.schedule import Schedule, check_schedule, division, ramp
 from compressor.pruning.staircase import measure_step
 from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
@@ -57,7 +48,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     latency_ratio: float | None = Field(default=None, gt=1)
     """At least so many times as fast as the baseline, measured under ONNX Runtime on this machine."""
     criterion: Criterion = "l2"
-    allocation: Allocation | Literal["sensitivity"] = "uniform"
+    allocation: CutAllocation = "uniform"
     """`sensitivity`: every group loses as much as costs one common fall on validation, as `- stage: sensitivity`, which
     must come directly before, has measured it."""
     round_to: int | None = Field(default=None, gt=0)
@@ -77,11 +68,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         if len(given) != 1:
             msg = f"give one of {', '.join(names)}, got {' and '.join(given) or 'none'}"
             raise ValueError(msg)
-        if self.schedule is not None:
-            if self.recovery is None:
-                msg = "schedule needs a recovery, which trains between its steps"
-                raise ValueError(msg)
-            division(self.recovery.epochs, self.schedule.steps)
+        check_schedule(self.schedule, None if self.recovery is None else self.recovery.epochs)
         return self
 
     @property
@@ -94,11 +81,11 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         """Cut the model at once, and compare it with what recovery asks; with a goal, cut as far as it goes."""
         model = with_linears(model)
         cuttable = self._cuttable(model, task)
-        smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST))
+        smaller = cuttable.cut(cuttable.choose(self.pruning_ratio or LARGEST, self._step_of()))
         if self.goal is not None and self.goal.quantity != "latency_ratio":  # timing would take too long
-            with measure_of(self.goal.quantity, reference.module, task) as measured:
-                check_unmet(self.goal, measured(model.module))
-                check_reachable(self.goal, measured(smaller.module))
+            with measure_of(self.goal.quantity, reference.module, task) as measure:
+                check_unmet(self.goal, measure(model.module))
+                check_reachable(self.goal, measure(smaller.module))
         rehearsed = _with(model, smaller)
         check_recovery(rehearsed, reference, self.recovery, task)
         # what follows meets a model that a goal has cut less
@@ -119,7 +106,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
             if done:
                 cuttable = self._cuttable(model, task)
             if any(counts.values()):  # rounding may leave a step nothing to do
-                pruned = cuttable.cut(broadcast(cuttable.first(counts) if decides else None))
+                pruned = cuttable.cut(broadcast(cuttable.choose_counts(counts) if decides else None))
                 context.log(_describe(model.module, pruned))
                 model = _with(model, pruned)
             if self.recovery is not None:
@@ -135,61 +122,43 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
     def _courses(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[Counts]:
         """How many units each group loses at each step."""
+        plan_of = partial(cuttable.choose, step_of=self._step_of(context.log))
         if self.goal is None:
             ratio = self.pruning_ratio or 0.0
-            whole = cuttable.choose(ratio)
+            whole = plan_of(ratio)
             achieved = cuttable.cut(whole).pruning_ratio
             context.report(Reached(setting="pruning_ratio", asked=ratio, achieved=achieved))
         else:
-            with measure_of(self.goal.quantity, context.reference.module, task) as measured:
+            with measure_of(self.goal.quantity, context.reference.module, task) as measure:
                 found = reach(
                     self.goal,
-                    cuttable.module,
-                    plan_of=cuttable.choose,
+                    cuttable.model.module,
+                    plan_of=plan_of,
                     cut=cuttable.cut,
-                    measured=measured,
+                    measure=measure,
                     log=context.log,
                 )
             ratio, whole = found.pruning_ratio, found.plan
             context.report(Reached(setting=self.goal.quantity, asked=self.goal.asked, achieved=found.achieved))
         before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
-        totals = [Counter({path: len(units) for path, units in plan.items()}) for plan in map(cuttable.choose, before)]
-        totals.append(Counter({path: len(units) for path, units in whole.items()}))
+        totals = [_count(plan) for plan in (*map(plan_of, before), whole)]
         return [total - last for last, total in pairwise([Counter[str](), *totals])]
 
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
         groups = prunable_groups(model.module, task.example_inputs, protect=self.protect, log=log)
+        return Cuttable(model, task, groups, self.criterion, self.allocation)
 
-        @cache
-        def found() -> Scores:
-            return scores(self.criterion, model.module, groups, task)
+    def _step_of(self, log: Callable[[str], None] = lambda _line: None) -> StepOf:
+        """How many units of a group leave together: by `round_to`, or as measured on this machine."""
+        if self.round_to is not None:
+            return multiples_of(self.round_to)
+        step = measure_step()
+        log(f"channels stay multiples of {step}, the step in which time grows with them on this machine")
+        return multiples_that_fit(step)
 
-        @cache
-        def step_of() -> StepOf:
-            if self.round_to is not None:
-                return multiples_of(self.round_to)
-            step = measure_step()
-            log(f"channels stay multiples of {step}, the step in which time grows with them on this machine")
-            return multiples_that_fit(step)
 
-        def choose(pruning_ratio: float) -> Plan:
-            if self.allocation == "sensitivity":
-                carried = check_sensitivity(model, groups, criterion=self.criterion)
-                shares = ratios_by_sensitivity(carried, groups, pruning_ratio=pruning_ratio)
-                return by_ratios(shares, groups, found(), step_of=step_of())
-            return plan(
-                self.allocation,
-                model.module,
-                groups,
-                found(),
-                comparable=self.criterion in COMPARABLE,
-                pruning_ratio=pruning_ratio,
-                step_of=step_of(),
-            )
-
-        return Cuttable(
-            model.module, task.example_inputs, groups, choose, lambda counts: first(groups, found(), counts)
-        )
+def _count(plan: Plan) -> Counter[str]:
+    return Counter({path: len(units) for path, units in plan.items()})
 
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:

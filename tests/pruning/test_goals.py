@@ -35,13 +35,13 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
     def plan_of(pruning_ratio: float) -> Plan:
         return plan(allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of)
 
-    with measure_of(goal.quantity, module, task, max_seconds=1) as measured:
+    with measure_of(goal.quantity, module, task, max_seconds=1) as measure:
         reached = reach(
             goal,
             module,
             plan_of=plan_of,
             cut=lambda chosen: prune_channels(module, task.example_inputs, groups, chosen),
-            measured=measured,
+            measure=measure,
             log=log.append,
         )
     return Search(reached, log)
@@ -75,12 +75,12 @@ def staircase_search(thresholds: list, values: list, goal: Goal, measured_plans:
         stand_in.removed = removed
         return Counted(stand_in, removed, removed / len(values))
 
-    def measured(module: nn.Module) -> float:
+    def measure(module: nn.Module) -> float:
         removed = getattr(module, "removed", 0)
         measured_plans.append(removed)
         return values[removed]
 
-    return reach(goal, nn.Identity(), plan_of=plan_of, cut=cut, measured=measured, log=lambda _line: None)
+    return reach(goal, nn.Identity(), plan_of=plan_of, cut=cut, measure=measure, log=lambda _line: None)
 
 
 _thresholds = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=40).map(sorted)
@@ -141,15 +141,15 @@ def test_counts_are_those_that_the_report_shows(network, digits_task, tmp_path):
     module = network().eval()
     shown = measure(to_onnx(module, digits_task, tmp_path / "model.onnx").path, digits_task).measurement
     for quantity in ("parameters", "macs", "size_bytes"):
-        with measure_of(quantity, module, digits_task) as measured:
-            assert measured(module) == getattr(shown, quantity)
+        with measure_of(quantity, module, digits_task) as count:
+            assert count(module) == getattr(shown, quantity)
 
 
 @pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
 def test_macs_are_half_the_flops_that_torch_counts(network, digits_task):
     module = network().eval()
-    with measure_of("macs", module, digits_task) as measured:
-        assert measured(module) == macs(module, digits_task)
+    with measure_of("macs", module, digits_task) as measure:
+        assert measure(module) == macs(module, digits_task)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_macs_are_half_the_flops_that_torch_counts(network, digits_task):
 def test_half_of_a_quantity_is_reached_and_told(quantity, allocation, digits_task):
     torch.manual_seed(0)
     module = PlainNetwork().eval()
-    with measure_of(quantity, module, digits_task) as measured:
-        uncut = measured(module)
+    with measure_of(quantity, module, digits_task) as measure:
+        uncut = measure(module)
         goal = Goal(quantity, uncut // 2)
         found = search(goal, module, digits_task, allocation=allocation, round_to=4)
-        assert found.reached.achieved == measured(found.reached.pruned.module)
+        assert found.reached.achieved == measure(found.reached.pruned.module)
     assert 0.7 * goal.asked <= found.reached.achieved <= goal.asked  # four of 16 channels are a quarter of the weights
     assert all(kept % 4 == 0 for kept, _ in found.reached.pruned.channels.values())
     assert f"{goal.asked:,.0f} asked, {found.reached.achieved:,.0f} achieved" in "\n".join(found.log)
@@ -175,8 +175,8 @@ def test_a_goal_out_of_reach_is_refused_with_the_best_reachable(digits_task):
         search(Goal("parameters", 10), module, digits_task, allocation="uniform", round_to=8)
     groups = prunable_groups(module, digits_task.example_inputs)
     eight_left = {group.path: tuple(range(group.units - 8)) for group in groups}
-    with measure_of("parameters", module, digits_task) as measured:
-        best = measured(prune_channels(module, digits_task.example_inputs, groups, eight_left).module)
+    with measure_of("parameters", module, digits_task) as measure:
+        best = measure(prune_channels(module, digits_task.example_inputs, groups, eight_left).module)
     assert str(refused.value).startswith(
         f"parameters must be at most 10, but the best reachable is {best:,}, with every group of channels at its "
         "smallest; ask for less"

@@ -10,12 +10,13 @@ from compressor.export.to_onnx import to_onnx
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import zeros_of
 from compressor.onnx_files.facts import read_facts
+from compressor.pruning.prunable_weights import prunable_weights
 from compressor.references.reference import Reference
 from compressor.stage import StageContext
 from compressor.stages.distillation import Distillation
 from compressor.stages.int8_ptq import Int8Ptq
 from compressor.stages.training import Training
-from compressor.stages.weight_pruning import WeightPruning, prunable_weights
+from compressor.stages.weight_pruning import WeightPruning
 from compressor.task import evaluate
 from compressor.testing import check_stage
 from example_models import SeparableNetwork, SequenceNetwork, SignalNetwork
