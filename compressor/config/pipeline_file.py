@@ -165,7 +165,7 @@ def _override(root: Node, text: str) -> Node:
     node, problems = yaml_source.parse(value, text)
     if node is None or problems:
         raise ConfigError(problems)
-    return root.replaced(_steps(root, path, place), node)
+    return root.replace_at(_steps(root, path, place), node)
 
 
 def _steps(root: Node, path: str, place: Place) -> KeyPath:
@@ -221,7 +221,7 @@ def _with_absolute_paths(root: Node, directory: Path) -> tuple[Node, list[Proble
                 option = join_path((*path, name))
                 hint = f"; another can be given with --set {option}=…" if in_file else ""
                 problems.append(argument.place.problem(f"{option} must exist, but {absolute} {reason}{hint}"))
-            root = root.replaced((*path, name), replace(argument, value=str(absolute)))
+            root = root.replace_at((*path, name), replace(argument, value=str(absolute)))
     return root, problems
 
 

@@ -102,7 +102,7 @@ class Node:
         """Return this mapping without one of its keys."""
         return replace(self, value={name: node for name, node in self.keys.items() if name != key})
 
-    def replaced(self, path: KeyPath, node: "Node") -> "Node":
+    def replace_at(self, path: KeyPath, node: "Node") -> "Node":
         """Return this tree with `node` at `path`, adding the mappings on the way that are missing.
 
         Raises LookupError if `path` goes through a scalar or past the end of a list.
@@ -111,11 +111,11 @@ class Node:
             return node
         step, rest = path[0], path[1:]
         if isinstance(self.value, tuple) and isinstance(step, int) and step < len(self.value):
-            entries = (entry.replaced(rest, node) if i == step else entry for i, entry in enumerate(self.value))
+            entries = (entry.replace_at(rest, node) if i == step else entry for i, entry in enumerate(self.value))
             return replace(self, value=tuple(entries))
         if isinstance(self.value, Mapping) and isinstance(step, str):
             old = self.value.get(step) or Node({}, node.place, node.place)
-            new = replace(old.replaced(rest, node), key_place=old.key_place)
+            new = replace(old.replace_at(rest, node), key_place=old.key_place)
             return replace(self, value={**self.value, step: new})
         raise LookupError(step)
 

@@ -38,7 +38,7 @@ def matmul_blocks(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, b
     """Multiply `x` (…, K) with a weight (N, K) of 4 or 8 bits that has a scale per block of its rows, and add `bias`.
 
     `codes`: (N, blocks, bytes of a block), uint8, `pack`; `scale`: (N, blocks); `zero_point`: (N, bytes), uint8,
-    `pack`. ONNX Runtime's MatMulNBits, which rounds blocks of `x` to int8 where the CPU multiplies integers faster.
+    `pack`. This is ONNX Runtime's MatMulNBits; it rounds blocks of `x` to int8 where a CPU multiplies integers faster.
     """
     bits = _bits(x.shape[-1], codes.shape)
     shifted = unpack(codes, bits).to(x.dtype) - unpack(zero_point, bits)[:, : scale.shape[1], None]
@@ -82,7 +82,7 @@ def translations() -> Mapping[Any, Callable[..., Any]]:
     multiply = _matmul_n_bits()
 
     def quantize(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-        if not scale.shape:  # 14 bytes that say nothing
+        if not scale.shape:  # an axis would be 14 bytes that say nothing
             return opset20.QuantizeLinear(x, scale, zero_point)
         return opset20.QuantizeLinear(x, scale, zero_point, axis=axis)
 
@@ -91,7 +91,7 @@ def translations() -> Mapping[Any, Callable[..., Any]]:
             return opset20.DequantizeLinear(codes, scale, zero_point)
         return opset20.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
-    def stored_weight(codes: Any, scale: Any, axis: int) -> Any:
+    def dequantize_stored(codes: Any, scale: Any, axis: int) -> Any:
         return opset20.DequantizeLinear(codes, scale, axis=axis)  # `simplify_qdq` makes a product of it
 
     def multiply_blocks(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any) -> Any:
@@ -102,7 +102,7 @@ def translations() -> Mapping[Any, Callable[..., Any]]:
             x, codes, scale, zero_point, None, bias, **sizes, block_size=block_size, accuracy_level=_INT8_INPUTS
         )
 
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, STORED: stored_weight, MATMUL_BLOCKS: multiply_blocks}
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, STORED: dequantize_stored, MATMUL_BLOCKS: multiply_blocks}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -123,7 +123,7 @@ def _stretch(values: Tensor, dimensions: int, axis: int) -> Tensor:
 
 
 def _bits(inputs: int, sizes: Sequence[int]) -> int:
-    """Bits of each of so many codes, which fill (N, blocks, bytes)."""
+    """Bits of one code, where the `inputs` codes of a row fill `sizes`, (N, blocks, bytes of a block)."""
     return sizes[1] * sizes[2] * 8 // inputs
 
 

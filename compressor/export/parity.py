@@ -16,13 +16,13 @@ SAMPLES = 64
 FLOAT_TOLERANCE = 1e-4
 """Largest `relative_error` of a float model: sums in another order make about 1e-6, a wrong operator 1e-2 and more."""
 SAME_GRAPH_TOLERANCE = 1e-6
-"""Largest `relative_error` between two files of one graph, which may differ in what they say of it."""
+"""Largest `relative_error` between two files that hold one graph with other metadata."""
 
 
 def check_parity(model: OnnxModel, reference: Callable[[Inputs], Tensor], split: Split, *, tolerance: float) -> None:
     """Compare the outputs of `model` and `reference`. Raises StageError if `output_error` is above `tolerance`.
 
-    That outputs are not finite is an error of its own: neither the exporter nor ONNX Runtime is at fault then.
+    Outputs that are not finite are an error of their own: then neither the exporter nor ONNX Runtime is at fault.
     """
     error = output_error(model, reference, split)
     if math.isnan(error):
@@ -45,9 +45,9 @@ def output_error(model: OnnxModel, reference: Callable[[Inputs], Tensor], split:
     Raises InputError if ONNX Runtime refuses a batch.
     """
     indices = evenly_spaced(split, SAMPLES)
-    found, wanted = [], []
+    outputs, wanted = [], []
     for batch in filter(None, (indices[:1], indices[1:3], indices[3:])):
         inputs = gather(split, batch).inputs
-        found.append(model.predict(inputs))
+        outputs.append(model.predict(inputs))
         wanted.append(reference(inputs))
-    return relative_error(torch.cat(found), torch.cat(wanted))
+    return relative_error(torch.cat(outputs), torch.cat(wanted))

@@ -231,7 +231,7 @@ def _advice(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Keep back what torch says of itself: no torchvision, its own deprecations, what is raised as well."""
+    """Keep back what torch logs of no use here: that torchvision is missing, its own deprecations, errors it raises."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -64,7 +64,8 @@ def bench(
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """A name for each path, all different and printable: that of the file, after as many directories as it takes.
 
-    A path that is given twice gets its position, counted from 1, and so does one that looks as if it had one.
+    A path that is given twice gets its position, counted from 1. So does a name that already ends like one with a
+    position.
     """
     parts = [tuple(map(printable, path.parts)) for path in paths]
     names = [_shortest(own, parts) for own in parts]

@@ -1,8 +1,8 @@
 """Time ONNX files side by side under ONNX Runtime; the confidence interval of each ratio to the first. Knows no torch.
 
 Duet benchmarking (Bulej et al. 2020): all models live in one process and take turns, so that whatever else the machine
-does hits all of them alike. A round compares their fastest calls. Calls resemble their neighbours, so an interval over
-calls would be too narrow; rounds with sessions opened anew differ as two runs do, and the interval is over rounds.
+does hits all of them alike. A round compares their fastest calls. The interval is over rounds: each opens its sessions
+anew, so that rounds differ as two runs do. Calls resemble their neighbours; an interval over calls would be too narrow.
 """
 
 import gc
@@ -74,7 +74,8 @@ def _probability_within(angle: float, degrees_of_freedom: int) -> float:
 def visits(models: int, round_index: int, passes: int) -> Iterator[tuple[int, ...]]:
     """The order in which each pass of a round visits the models: A B C, C B A, A B C, …; rounds start one further on.
 
-    To and fro, and the rotation over rounds, share out a drift of the machine, the places and the neighbours evenly.
+    Going to and fro, and starting one further on in each round, shares out evenly what is not equal: a drift of the
+    machine, the place in a pass, and the model that ran before.
     """
     forward = tuple((position + round_index) % models for position in range(models))
     for index in range(passes):
@@ -88,7 +89,7 @@ def untimed_calls(seconds: float) -> int:
     and a 15 MB model needs eight calls to get back to it (benchmarks/latency.py). Small models also get a millisecond,
     in which to recover from what another process did to the caches.
     """
-    return max(1, _between(_LEAST_UNTIMED_SECONDS / seconds, _UNTIMED_CALLS, _MOST_UNTIMED_SECONDS / seconds))
+    return max(1, _clamp(_LEAST_UNTIMED_SECONDS / seconds, _UNTIMED_CALLS, _MOST_UNTIMED_SECONDS / seconds))
 
 
 def time_models(
@@ -101,8 +102,9 @@ def time_models(
 ) -> tuple[tuple[Latency, ...], LatencySession]:
     """Time one inference of each ONNX file on the CPU; ratios are against the first file.
 
-    `inputs` are the arrays of one batch: in the models' own order, or by name, which then is their order in a file
-    with other names. They are made up from the first file's signature for a batch of 1 if not given. Adds rounds until
+    `inputs` are the arrays of one batch, by name or in the order of the models' inputs. A file whose inputs have other
+    names takes them in the order given. Unless given, they are made up for a batch of 1 from the first file. Adds
+    rounds until
     the half width of every interval is at most `precision` (0.005 = 0.5 %) or `max_seconds` per file have passed, but
     no fewer than 10 rounds. Times `session.run` as Python calls it, every model warm: the steady state of a process
     that serves one model.
@@ -165,7 +167,7 @@ def ready_call(path: Path, inputs: _Inputs, *, threads: int) -> Callable[[], obj
 
 
 def log_ratios(times: _Times) -> NDArray[np.float64]:
-    """What one round found: for each model, log(first model's time / its time), each that of its fastest call.
+    """For each model, log(time of the first model / its time), where a time is that of the fastest call of a round.
 
     Other processes only ever add to a time. With eight busy processes on two cores, ratios of the median of 1 ms calls
     moved by 13 % within five minutes, those of the fastest call by 1.5 %.
@@ -177,7 +179,7 @@ def log_ratios(times: _Times) -> NDArray[np.float64]:
 
 def _intervals(rounds: Sequence[_Times]) -> list[Interval]:
     by_model = np.stack([log_ratios(times) for times in rounds], axis=1)
-    return [ratio_interval(found.tolist()) for found in by_model]
+    return [ratio_interval(ratios.tolist()) for ratios in by_model]
 
 
 def _latency(rounds: Sequence[_Times], model: int, interval: Interval) -> Latency:
@@ -191,9 +193,9 @@ def _time_round(paths: Sequence[Path], inputs: _Inputs, threads: int, index: int
     calls = {model: ready_call(paths[model], inputs, threads=threads) for model in order}
     seconds = {model: _warm_up(calls[model]) for model in order}
     untimed = {model: untimed_calls(seconds[model]) for model in order}
-    timed = _between(1, _TIMED_SECONDS / max(seconds.values()), _TIMED_CALLS)
+    timed = _clamp(1, _TIMED_SECONDS / max(seconds.values()), _TIMED_CALLS)
     pass_seconds = sum(seconds[model] * (untimed[model] + timed) for model in order)
-    passes = 2 * _between(1, budget / pass_seconds / 2, _PASSES // 2)
+    passes = 2 * _clamp(1, budget / pass_seconds / 2, _PASSES // 2)
     times = np.empty((passes, len(paths), timed), dtype=np.int64)
     with _no_garbage_collection():
         for row, visited in zip(times, visits(len(paths), index, passes), strict=True):
@@ -202,7 +204,7 @@ def _time_round(paths: Sequence[Path], inputs: _Inputs, threads: int, index: int
     return times
 
 
-def _between(low: float, value: float, high: float) -> int:
+def _clamp(low: float, value: float, high: float) -> int:
     return int(min(max(value, low), high))
 
 

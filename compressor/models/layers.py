@@ -56,8 +56,9 @@ def layer_outputs(module: nn.Module, example_inputs: Inputs) -> tuple[LayerOutpu
 
     `module` runs once, in evaluation mode and without gradient, and is left as it was. A layer comes after those
     below it: it is done after them. Convolutions, pooling and batch normalization give their channels in dimension 1,
-    linear layers and layer normalization in the last; any other layer is taken to keep what the layer before it, with
-    equally many dimensions, gave: in the dimension that has as many channels. 3-D outputs before that are tokens.
+    linear layers and layer normalization in the last. Any other layer is taken to keep the channels of the last output
+    before it with equally many dimensions: they lie in the dimension of that length. Without such an output, 3-D is
+    taken for tokens (N, L, D).
     Raises InputError if `module` does not run on `example_inputs`.
     """
     return _outputs(module, _dry_run(module, example_inputs))

@@ -97,11 +97,11 @@ def gzip_bytes(file: Path) -> int:
 def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
     """Number of stored weights, and of those that are not zero; external data is read from `directory`.
 
-    Weights are floating-point tensors and dequantized or 8-bit integers, kept as initializers or in Constant nodes,
-    each counted once however often it is used, those of a function once for each call of it. Scales and zero points are
-    no weights, nor is a single number unless a layer takes it as its weight or bias: exporters store the literals of a
-    formula so. A quantized weight is zero where it equals its zero point. Of those in blocks of ONNX Runtime's
-    MatMulNBits a byte holds one or more. Raises ValueError for what cannot be counted.
+    Weights are tensors of floats, of 8-bit integers, or of any integers that are dequantized, kept as initializers or
+    in Constant nodes. Each counts once, however often it is used; in a function, once for each call. Scales and zero
+    points are no weights. Nor is a single number, unless a layer takes it as its weight or bias: exporters store the
+    literals of a formula so. A quantized weight is zero where it equals its zero point. In the blocks of ONNX Runtime's
+    MatMulNBits a byte holds one weight or more. Raises ValueError for what cannot be counted.
     """
     nodes = [node for graph in graphs(model) for node in graph.node]
     uses: dict[str, set[tuple[str, int]]] = {}
@@ -152,13 +152,13 @@ def _is_weight(tensor: TensorProto, uses: Iterable[tuple[str, int]]) -> bool:
 
 def _zero_point(dequantizer: NodeProto, shape: Shape, stored: Mapping[str, TensorProto], directory: Path) -> Array:
     """Zero point of a weight, in a shape that broadcasts to the weight's."""
-    given = _stored_zero_point(dequantizer, 2, stored, directory)
+    given = _read_zero_point(dequantizer, 2, stored, directory)
     if given is None:
         return np.zeros((), np.float32)
     zero_point = given.astype(np.float32)
     axis = attribute(dequantizer, "axis", 1)
     if zero_point.ndim == len(shape) > 1:  # one per block of weights along the axis
-        return _spread(zero_point, attribute(dequantizer, "block_size", 1), axis, shape, dequantizer.input[0])
+        return _repeat_blocks(zero_point, attribute(dequantizer, "block_size", 1), axis, shape, dequantizer.input[0])
     if zero_point.ndim == 1 and zero_point.size > 1:
         return zero_point.reshape(along_axis(axis, len(shape)))
     return zero_point.reshape(())
@@ -176,14 +176,14 @@ def _in_blocks(
         msg = f"weight {multiplier.input[1]!r} must have 2, 4 or 8 bits in blocks, got {bits} in blocks of {block_size}"
         raise ValueError(msg)
     codes = _codes(packed, rows, bits)[:, :inputs]
-    given = _stored_zero_point(multiplier, 3, stored, directory)
+    given = _read_zero_point(multiplier, 3, stored, directory)
     if given is None:
         return codes, np.full((), 1 << (bits - 1))
     zero_points = _codes(given, rows, bits) if given.dtype == np.uint8 else given.reshape(rows, -1)
-    return codes, _spread(zero_points, block_size, 1, codes.shape, multiplier.input[1])
+    return codes, _repeat_blocks(zero_points, block_size, 1, codes.shape, multiplier.input[1])
 
 
-def _spread(zero_points: Array, block_size: int, axis: int, shape: Shape, weight: str) -> Array:
+def _repeat_blocks(zero_points: Array, block_size: int, axis: int, shape: Shape, weight: str) -> Array:
     """The zero point of each number of a weight of this shape, from those of its blocks along `axis`."""
     try:
         spread: Array = zero_points.take(np.arange(shape[axis]) // max(block_size, 1), axis)
@@ -195,12 +195,12 @@ def _spread(zero_points: Array, block_size: int, axis: int, shape: Shape, weight
 
 
 def _codes(packed: Array, rows: int, bits: int) -> Array:
-    """Numbers of so many bits each, (rows, those of a row)."""
+    """Unpack numbers of `bits` bits each: (rows, numbers in a row)."""
     places = packed.reshape(rows, -1, 1).astype(np.uint8) >> np.arange(0, 8, bits, dtype=np.uint8)
     return (places & ((1 << bits) - 1)).reshape(rows, -1)
 
 
-def _stored_zero_point(
+def _read_zero_point(
     node: NodeProto, position: int, stored: Mapping[str, TensorProto], directory: Path
 ) -> Array | None:
     name = (*node.input, *("",) * position)[position]

@@ -73,8 +73,8 @@ class Input:
             and all(not isinstance(size, int) or size == found for size, found in zip(sizes, shape, strict=True))
         )
 
-    def rounded(self, array: Array) -> Array:
-        """`array`, or its numbers in the type of the input if both are floats; what is too large is infinite."""
+    def cast(self, array: Array) -> Array:
+        """`array` in the float type of the input, if both are floats; a number too large for it becomes infinite."""
         if not (np.issubdtype(array.dtype, np.floating) and np.issubdtype(self.dtype, np.floating)):
             return array
         with np.errstate(over="ignore"):
@@ -148,9 +148,10 @@ def read_inputs(file: Path, path: Path) -> dict[str, Array]:
 
 
 def arrange(inputs: Mapping[str, Array] | Sequence[Array], wanted: Sequence[Input]) -> list[Array]:
-    """`inputs` as a file takes them that wants these: by name if the names are the same, else as given; floats rounded.
+    """Bring `inputs` into the order and the float types of `wanted`, the inputs of a file.
 
-    Another number of inputs is returned as it is.
+    They are matched by name if the names are equal, else in the order given. If they are more or fewer than `wanted`,
+    they are returned as they are.
     """
     names = [one.name for one in wanted]
     if not isinstance(inputs, Mapping):
@@ -159,7 +160,7 @@ def arrange(inputs: Mapping[str, Array] | Sequence[Array], wanted: Sequence[Inpu
         arrays = [inputs[name] for name in names] if inputs.keys() == set(names) else list(inputs.values())
     if len(arrays) != len(wanted):
         return arrays
-    return [one.rounded(array) for one, array in zip(wanted, arrays, strict=True)]
+    return [one.cast(array) for one, array in zip(wanted, arrays, strict=True)]
 
 
 def _check_names(sizes: Mapping[str, int], inputs: Sequence[Input], path: Path) -> None:
@@ -223,9 +224,9 @@ def _read_array(stream: IO[bytes], one: Input, name: str, path: Path) -> Array:
 def _read_header(stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
     """Type and shape of an array, and whether its rows or its columns come first."""
     magic, length = stream.read(len(_MAGIC)), stream.read(2)
-    found = _HEADER.fullmatch(stream.read(int.from_bytes(length, "little")))
-    if magic != _MAGIC or found is None:
+    header = _HEADER.fullmatch(stream.read(int.from_bytes(length, "little")))
+    if magic != _MAGIC or header is None:
         msg = "it has a member that is no array of numbers in version 1.0 of NumPy's format"
         raise ValueError(msg)
-    dtype, is_fortran, sizes = (part.decode() for part in found.groups())
+    dtype, is_fortran, sizes = (part.decode() for part in header.groups())
     return np.dtype(dtype), tuple(map(int, re.findall("[0-9]+", sizes))), "F" if is_fortran == "True" else "C"

@@ -16,11 +16,12 @@ from onnx.helper import get_attribute_value
 from onnx.inliner import inline_local_functions
 
 MOST_FILE_BYTES = 2 << 30
-"""A protobuf message holds no more, and is read into memory before that shows."""
+"""A protobuf message holds no more. A longer file would be read into memory before that shows."""
 MOST_BYTES = 16 << 30
 """With external data: such a model is beyond edge devices, and is read, counted and compressed for many minutes."""
 MOST_INLINED_NODES = 10**6
-"""Of its functions: two that call each other twice, thirty deep, make a file of 2 kB a graph that fills any memory."""
+"""Nodes after functions are written out. Functions that each call the next one twice, thirty deep, fill any memory and
+take a file of 2 kB."""
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 _SETTINGS = {TensorProto.INT64, TensorProto.BOOL}
@@ -30,9 +31,12 @@ _SETTINGS = {TensorProto.INT64, TensorProto.BOOL}
 def load_graph(path: Path) -> ModelProto:
     """Load a model without its external data, functions inlined.
 
-    The file is not trusted. Raises ValueError or OSError unless it is a regular file that holds a model with nodes, of
-    at most `MOST_FILE_BYTES`, of at most `MOST_BYTES` with external data that `external_files` accepts, and every
-    operator is of ONNX or ONNX Runtime itself and, as far as onnx knows it, has the operands that it needs.
+    The file is not trusted. Raises ValueError or OSError unless all of this holds:
+
+    - it is a regular file, and the model in it has nodes;
+    - it has at most `MOST_FILE_BYTES`, and with its external data at most `MOST_BYTES`;
+    - `external_files` accepts the external data;
+    - every operator is one of ONNX or of ONNX Runtime, and one that onnx knows has all operands that it needs.
     """
     if re.search("[\ud800-\udfff]", str(path)):  # bytes that are no text
         msg = "its path must be text in UTF-8, for ONNX Runtime; rename it"
@@ -66,9 +70,9 @@ def load_graph(path: Path) -> ModelProto:
 def external_files(model: ModelProto, directory: Path) -> tuple[Path, ...]:
     """Files that hold tensors of `model`: its external data.
 
-    Raises ValueError or OSError unless each is named plainly, as a file in `directory` is, is a regular file to which
-    no other name leads, and has the bytes that the tensors take from it. ONNX Runtime alone would follow a hard link,
-    and so take any file of the same disk for weights.
+    Raises ValueError or OSError unless each has the plain name of a file in `directory`, is a regular file to which no
+    other name leads, and has the bytes that the tensors take from it. ONNX Runtime does not check for other names: it
+    would follow a hard link and take any file of the same disk for weights.
     """
     sizes: dict[str, int] = {}
     for tensor in _tensors(model):
@@ -187,7 +191,7 @@ def _check_inlined_size(model: ModelProto) -> None:
 
 
 def _weight(node: NodeProto) -> int:
-    """How much of a bound a node takes: a constant fills memory, and so does one that a call hands to the body."""
+    """As how many nodes a node counts: as one more for each kB of constants in it, which fill memory as nodes do."""
     size_bytes: int = node.ByteSize()
     return 1 + size_bytes // 1000
 
@@ -268,11 +272,11 @@ def _size_of_own_file(directory: Path, name: str) -> int:
     if name in {"", ".."} or name != Path(name).name:
         msg = f"external data must lie beside the model, got location {name!r}"
         raise ValueError(msg)
-    found = (directory / name).lstat()
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    facts = (directory / name).lstat()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
         msg = f"external data must be a regular file without other links to it, which {name!r} is not; copy it"
         raise ValueError(msg)
-    return found.st_size
+    return facts.st_size
 
 
 def _end(fields: Mapping[str, str]) -> int:

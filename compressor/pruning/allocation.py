@@ -21,7 +21,7 @@ StepOf: TypeAlias = Callable[[Group], int]
 """How many units of a group must leave together."""
 
 _LEAST_KEPT = 0.1
-"""Share of units that a group keeps whatever their scores: a ranking over groups could all but close one."""
+"""Share of units that a group keeps whatever their scores: else a ranking over groups could nearly close one."""
 
 
 def units_kept(units: int, *, pruning_ratio: float, step: int) -> int:
@@ -127,15 +127,15 @@ def _slices(group: Group, scores: Scores, order: int, step: int) -> Sequence[_Sl
     least = max(step, math.ceil(group.units * _LEAST_KEPT / step) * step)
     excess = group.units % step or step  # what is above a multiple leaves first
     starts = [0, *range(excess, group.units, step)]
-    found: list[_Slice] = []
+    slices: list[_Slice] = []
     for start, stop in zip(starts, [*starts[1:], group.units], strict=True):
         if group.units - stop < least:
             break
         units = ascending[start:stop]
         # not below the slice before it, which must leave first: means of equal scores differ by rounding
-        score = max(float(scores[group.path][list(units)].mean()), found[-1].score if found else 0)
-        found.append(_Slice(score, order, start, group.path, units, len(units) * group.channels_per_unit))
-    return found
+        score = max(float(scores[group.path][list(units)].mean()), slices[-1].score if slices else 0)
+        slices.append(_Slice(score, order, start, group.path, units, len(units) * group.channels_per_unit))
+    return slices
 
 
 def _ascending(scores: Scores, group: Group) -> tuple[int, ...]:

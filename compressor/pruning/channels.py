@@ -24,14 +24,14 @@ class Pruned:
     """By the path of the group: channels kept, channels before."""
 
     @property
-    def removed(self) -> int:
+    def channels_removed(self) -> int:
         """How many channels left."""
         return sum(had - kept for kept, had in self.channels.values())
 
     @property
     def pruning_ratio(self) -> float:
         """Share of the channels that left."""
-        return self.removed / sum(had for _, had in self.channels.values())
+        return self.channels_removed / sum(had for _, had in self.channels.values())
 
 
 def prunable_groups(
@@ -70,10 +70,10 @@ def prunable_groups(
 def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], plan: Plan) -> Pruned:
     """Return a copy of `module` without the units of `plan`.
 
-    It is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does with
-    nothing reading those units, but for normalizations that average over them.
+    The copy is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does when
+    nothing reads those units. Normalizations that average over the units are left out of this proof.
 
-    Raises StageError if it is not so, if a group would lose all, or if the plan is empty.
+    Raises StageError if the proof fails, if a group would lose all, or if the plan is empty.
     """
     if not any(plan.values()):
         sizes = sorted({group.units for group in groups})

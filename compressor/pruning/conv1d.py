@@ -25,11 +25,11 @@ def with_linears(model: TorchModel) -> TorchModel:
         weight = after.get_parameter("weight")
         inputs = torch.randn(2, 3, weight.shape[1], generator=generator).to(weight)
         with torch.no_grad():
-            wanted, found = before(inputs), after(inputs)
-        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+            wanted, outputs = before(inputs), after(inputs)
+        if not torch.allclose(outputs, wanted, rtol=1e-4, atol=1e-5):
             msg = (
                 f"Conv1D at {edit.path!r} must compute inputs @ weight + bias, as Hugging Face's does, but the linear "
-                f"layer with its weight differs by {(found - wanted).abs().max():.2g}; give the class another name"
+                f"layer with its weight differs by {(outputs - wanted).abs().max():.2g}; give the class another name"
             )
             raise StageError(msg)
     return model.with_module(module, *edits)

@@ -30,16 +30,16 @@ def scores(criterion: Criterion, module: nn.Module, groups: Sequence[Group], tas
     Raises StageError if a score is not finite, or if `bn_scale` is asked and a group has no batch normalization.
     """
     if criterion == "taylor":
-        found = taylor(module, groups, task)
+        scores_of = taylor(module, groups, task)
     elif criterion == "bn_scale":
-        found = {group.path: bn_scale(module, group) for group in groups}
+        scores_of = {group.path: bn_scale(module, group) for group in groups}
     else:
-        found = {group.path: magnitude(module, group, order=2 if criterion == "l2" else 1) for group in groups}
-    for path, values in found.items():
+        scores_of = {group.path: magnitude(module, group, order=2 if criterion == "l2" else 1) for group in groups}
+    for path, values in scores_of.items():
         if not values.isfinite().all():
             msg = f"every score must be a finite number, but {path} has others by {criterion}; look at its weights"
             raise StageError(msg)
-    return found
+    return scores_of
 
 
 def magnitude(module: nn.Module, group: Group, *, order: Literal[1, 2]) -> Tensor:

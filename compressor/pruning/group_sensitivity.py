@@ -25,8 +25,8 @@ from compressor.system.progress import progress_bar
 from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, evenly_spaced, gather
 
 _LEAST_SLOPE = 1e-6
-"""What losing a whole group costs at least, as a part of the largest fall measured: where cutting costs nothing that
-can be seen, groups lose equal shares."""
+"""The least that losing a whole group costs, as a part of the largest fall measured. So groups whose cutting costs
+nothing that can be seen lose equal shares."""
 _BISECTIONS = 100
 
 
@@ -70,18 +70,20 @@ def measure_sensitivity(
     """
     metric = task.metrics[0]
     batches = _validation_batches(task, samples, device)
-    found = scores(criterion, model.module, groups, task)
+    channel_scores = scores(criterion, model.module, groups, task)
 
-    def evaluated(module: nn.Module, what: str) -> float:
+    def evaluate_module(module: nn.Module, what: str) -> float:
         return _finite(_value(module.to(device), batches, metric), metric, what)
 
-    value = evaluated(copy.deepcopy(model.module).eval(), "the uncut model")
+    value = evaluate_module(copy.deepcopy(model.module).eval(), "the uncut model")
     team = processes(device)
     own = groups[team.process_index :: team.num_processes]
     curves = {}
     with progress_bar(own, unit="group", hidden=not team.is_main_process) as bar:
         for done, group in enumerate(bar, start=1):
-            curves[group.path] = _curve(model.module, group, found, grid, uncut=value, evaluated=evaluated)
+            curves[group.path] = _curve(
+                model.module, group, channel_scores, grid, uncut=value, evaluate_module=evaluate_module
+            )
             if bar.disable and done * 4 // len(own) > (done - 1) * 4 // len(own):
                 log(f"{done * len(groups) // len(own)} of {len(groups)} groups measured")
     every = {path: curve for part in gather_objects(curves) for path, curve in part.items()}
@@ -124,13 +126,13 @@ def check_sensitivity(model: TorchModel, groups: Sequence[Group], *, criterion: 
             "`- stage: sensitivity` directly before the pruning"
         )
         raise StageError(msg)
-    found = attached.curves
+    curves = attached.curves
     faults = []
-    if found.model != model.digest:
+    if curves.model != model.digest:
         faults.append("it was measured on another model")
-    if found.criterion != criterion:
-        faults.append(f"its criterion is {found.criterion}, not {criterion}")
-    theirs = {path: curve.channels for path, curve in found.groups.items()}
+    if curves.criterion != criterion:
+        faults.append(f"its criterion is {curves.criterion}, not {criterion}")
+    theirs = {path: curve.channels for path, curve in curves.groups.items()}
     ours = {group.path: _channels(group) for group in groups}
     if other := [path for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)]:
         faults.append(f"its groups differ in {', '.join(other)}")
@@ -140,7 +142,7 @@ def check_sensitivity(model: TorchModel, groups: Sequence[Group], *, criterion: 
             "`- stage: sensitivity` the same criterion and protect, and put it directly before the pruning"
         )
         raise StageError(msg)
-    return found
+    return curves
 
 
 def ratios_by_sensitivity(
@@ -148,9 +150,10 @@ def ratios_by_sensitivity(
 ) -> Mapping[str, float]:
     """Share of its units that each group loses, by path, so that a share `pruning_ratio` of all channels leaves.
 
-    Every group loses as much as costs one common fall of the metric, read off its own curve between the ratios that
-    were measured; a curve that rises again counts as level, and the last unit of a group stays. A larger
-    `pruning_ratio` gives no group a smaller share. One that would leave less than a unit in each gives all but that.
+    One fall of the metric is common to all groups, and each loses the share that costs this fall by its own curve.
+    Between the ratios that were measured the curve is a straight line; where it rises again it counts as level. The
+    last unit of a group stays. A larger `pruning_ratio` gives no group a smaller share. If it asks for more than all
+    but the last units, all but these leave.
     """
     curves = _costs(sensitivity, groups)
     ratios = np.array([0.0, *sensitivity.ratios, 1.0])
@@ -170,7 +173,10 @@ def ratios_by_sensitivity(
 
 
 def _costs(sensitivity: SensitivityCurves, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
-    """Falls at 0, at each ratio and at 1, as parts of the largest of all, which is what a whole group costs; rising."""
+    """Falls of each group at 0, at each ratio and at 1, rising, as parts of the largest fall of all.
+
+    At 1, where a whole group is gone, the fall is the largest of all.
+    """
     slope = _LEAST_SLOPE * np.array([0.0, *sensitivity.ratios, 1.0])
     falls = [np.maximum.accumulate(np.maximum(sensitivity.falls(group.path), 0)) for group in groups]
     worst = max(fall[-1] for fall in falls) or 1.0
@@ -180,22 +186,24 @@ def _costs(sensitivity: SensitivityCurves, groups: Sequence[Group]) -> list[NDAr
 def _curve(
     module: nn.Module,
     group: Group,
-    found: Scores,
+    channel_scores: Scores,
     grid: Sequence[float],
     *,
     uncut: float,
-    evaluated: Callable[[nn.Module, str], float],
+    evaluate_module: Callable[[nn.Module, str], float],
 ) -> GroupCurve:
-    """Cut the group physically: that is what pruning will do, also where a normalization averages, and runs faster."""
+    """The value of the metric at each ratio of `grid`.
+
+    The group is cut physically. This is what pruning will do, also where a normalization averages, and it runs faster.
+    """
     removed: tuple[int, ...] = ()
     value, values = uncut, []
     for ratio in grid:
-        plan = by_ratios({group.path: ratio}, [group], found, step_of=multiples_of(1))
+        plan = by_ratios({group.path: ratio}, [group], channel_scores, step_of=multiples_of(1))
         if plan[group.path] != removed:  # else a small group loses no further unit
             removed = plan[group.path]
-            value = evaluated(
-                without(module, [group], plan), f"{group.path} cut by {ratio:g}; leave that out of the grid"
-            )
+            what = f"{group.path} cut by {ratio:g}; leave that out of the grid"
+            value = evaluate_module(without(module, [group], plan), what)
         values.append(value)
     return GroupCurve(channels=_channels(group), values=tuple(values))
 

@@ -59,7 +59,7 @@ class Group:
     channels_per_unit: int = 1
     """How many channels leave with a unit: more than one for heads and grouped convolutions."""
     averaging: tuple[str, ...] = ()
-    """Normalizations that average over the units: of fewer, they give something else for the rest."""
+    """Normalizations that average over the units: with fewer units, what they give for the others changes too."""
 
 
 Plan: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -107,7 +107,7 @@ def silence(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module
 def check_cut(module: nn.Module, groups: Sequence[Group], plan: Plan, example_inputs: Inputs) -> None:
     """Raise StageError unless `module` without the units of `plan` answers as if nothing read them.
 
-    Normalizations that average over units are left out for this: they divide by one number, the size of what they get.
+    In this comparison, normalizations that average over units divide by one number instead: the size of their inputs.
     """
     averaging = sorted({path for group in groups if plan.get(group.path) for path in group.averaging})
     proven = _without_averages(module, averaging, example_inputs) if averaging else module

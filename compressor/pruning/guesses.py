@@ -1,4 +1,4 @@
-"""Which linear layers may make and read the heads or hidden units of a transformer: told by their order and sizes."""
+"""Which linear layers may make and read the heads or hidden units of a transformer, by their order and sizes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack

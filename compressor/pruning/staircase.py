@@ -55,8 +55,8 @@ def step_of_staircase(times_by_channels: Mapping[int, float]) -> int:
 def _relative_error(units: np.ndarray, times: np.ndarray) -> float:
     """Root mean square error of the best a + b·units², relative to each of `times`."""
     terms = np.stack([np.ones_like(units), units**2], axis=1) / times[:, None]
-    found, *_ = np.linalg.lstsq(terms, np.ones_like(times), rcond=None)
-    return float(np.sqrt(np.mean((terms @ found - 1) ** 2)))
+    coefficients, *_ = np.linalg.lstsq(terms, np.ones_like(times), rcond=None)
+    return float(np.sqrt(np.mean((terms @ coefficients - 1) ** 2)))
 
 
 def _convolutions(path: Path, channels: int) -> Path:

@@ -63,10 +63,11 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     """Find the attention heads and the hidden units of feed-forward layers that can leave `module`.
 
     Linear layers that run one after the other and whose sizes fit are taken for the query, key, value (one layer each,
-    or fused, in either order of rows) and output of attention, or for a feed-forward layer, gated or not. What holds
-    them then runs alone, on what it gets when `module` runs on `example_inputs` and with random weights, without some
-    units and with these silenced: equal outputs prove the guess. Of the integer attributes that may have to follow,
-    those whose names say so are tried first. With grouped queries, a unit is a key-value head with all its queries.
+    or fused, in either order of rows) and output of attention, or for a feed-forward layer, gated or not. Then the
+    module that holds them runs alone, with random weights, on what it gets when `module` runs on `example_inputs`: once
+    without some units, and once with these silenced. Equal outputs prove the guess. Integer attributes may have to
+    follow; those whose names say so are tried first. With grouped queries, a unit is a key-value head with all its
+    queries.
 
     Layers at or below the paths in `protect` are left alone. Attention that cannot lose heads by its nature is listed
     in `left_whole`. Raises StageError if attention that counts its heads goes wrong without one whatever attributes
@@ -77,7 +78,7 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     heads = [guess_at(module, window, heads=True) for window in attention_windows(calls)]
     heads = [guess for guess in heads if guess.counts]
     multihead = [path for path, layer in module.named_modules() if isinstance(layer, nn.MultiheadAttention)]
-    if not heads and not multihead and not _headed_modules(module, (), ()):
+    if not heads and not multihead and not _modules_with_heads(module, (), ()):
         return TransformerUnits((), {})
     hidden = [guess_at(module, window, heads=False) for window in feed_forward_windows(calls)]
     # innermost first: a window across two layers only looks like one if neither layer has explained its own
@@ -87,12 +88,12 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     groups.sort(key=lambda group: list(calls).index(group.path))
     plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
     check_equal(without(module, groups, plan), silence(module, groups, plan), example_inputs)
-    left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_headed_modules(module, groups, (*protect, *multihead))}
+    left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_modules_with_heads(module, groups, (*protect, *multihead))}
     return TransformerUnits(tuple(groups), left_whole)
 
 
 def _proven(module: nn.Module, guesses: Sequence[Guess], example_inputs: Inputs) -> list[Group]:
-    """Groups of the guesses that prove right, each layer in one; StageError if self-attention with heads does not."""
+    """Groups of the guesses that prove right; no layer is in two. Raises StageError for self-attention that fails."""
     inputs = _inputs_of(module, {guess.root for guess in guesses}, example_inputs)
     groups: list[Group] = []
     solved: dict[object, _Answer | None] = {}
@@ -130,7 +131,7 @@ def _inputs_of(module: nn.Module, paths: set[str], example_inputs: Inputs) -> di
 
 @dataclass(frozen=True)
 class _Answer:
-    """How units were found to lie in a module; mostly true of others of its class."""
+    """How the units of a module lie in its tensors; mostly the same in others of its class."""
 
     units: int
     parts_first: bool
@@ -169,7 +170,7 @@ def _stale(module: nn.Module, guess: Guess) -> str:
 
 
 def _answers(root: nn.Module, guess: Guess) -> Iterator[_Answer]:
-    """Everything that may be: most units first, then what names say before what they do not."""
+    """All arrangements to try: those of most units first, and among these the ones that names suggest."""
     read = guess.window[-1].layer.in_features
     fused = any(call.layer.out_features > read for call in guess.window[:-1])
     for units in guess.counts:
@@ -280,7 +281,7 @@ def _proves(root: nn.Module, group: Group, removed: Units, inputs: _Captured, re
 
 
 def _run_alone(root: nn.Module, inputs: _Captured, reader: str) -> tuple[Tensor, Tensor]:
-    """What the layer at `reader` gives, before a residual drowns it, and the first tensor that `root` gives."""
+    """What the layer at `reader` gives, which a residual may hide later, and the first tensor that `root` gives."""
     given: list[Tensor] = []
     arguments, keywords = copy.deepcopy(inputs)  # a cache of keys and values would grow with every run
     with root.get_submodule(reader).register_forward_hook(lambda *call: given.append(call[2])), torch.no_grad():
@@ -306,8 +307,8 @@ def _place(group: Group, root: str) -> Group:
     )
 
 
-def _headed_modules(module: nn.Module, groups: Sequence[Group], protect: Sequence[str]) -> dict[str, str]:
-    """Modules that count heads over linear layers in which no heads were found, innermost only."""
+def _modules_with_heads(module: nn.Module, groups: Sequence[Group], protect: Sequence[str]) -> dict[str, str]:
+    """Innermost modules that count heads and hold linear layers, and in which no heads were found."""
     found = [group.path for group in groups if group.kind == "heads"]
     headed = [
         path

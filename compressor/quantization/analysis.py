@@ -12,24 +12,24 @@ from compressor.records.int8 import Distribution, LayerNoise
 from compressor.task import Batch, Task, evaluate_outputs, evenly_spaced, gather
 
 SAMPLES = 256
-"""Of the validation split, evenly spaced, at most: noise is a mean over all outputs, so that few samples tell it. One
-layer moves the metric by less than these samples can show, and the order of layers is that of the noise."""
+"""Of the validation split, evenly spaced, at most. Noise is a mean over all outputs, so few samples are enough for it.
+They are too few for what one layer does to the metric: so layers are ordered by noise."""
 BINS = 32
 _BATCH_SIZE = 64
 
 
 def analyse(model: Int8Model, task: Task) -> tuple[tuple[LayerNoise, ...], int]:
-    """Measure each layer of the plan, in its order, on the validation samples whose number comes with them.
+    """Measure each layer of the plan, in its order; the second value is the number of validation samples used.
 
-    Costs a run of the model per layer, and two more that keep the outputs of all layers of 64 samples.
+    This costs a run of the model per layer, and two more that keep the outputs of all layers for 64 samples at a time.
     """
     rows = evenly_spaced(task.validation, SAMPLES)
     batches = [gather(task.validation, rows[start : start + _BATCH_SIZE]) for start in range(0, len(rows), _BATCH_SIZE)]
     floats = [predict(model.graph, batch.inputs) for batch in batches]
-    noise, histograms = _of_outputs(model, task, rows)
+    noise, histograms = _observe_outputs(model, task, rows)
 
-    def measured(layer: str, tensor: str) -> LayerNoise:
-        alone = model.with_one(layer).simulated
+    def measure(layer: str, tensor: str) -> LayerNoise:
+        alone = model.with_one(layer).int8_graph
         outputs = [predict(alone, batch.inputs) for batch in batches]
         return LayerNoise(
             layer=layer,
@@ -39,7 +39,7 @@ def analyse(model: Int8Model, task: Task) -> tuple[tuple[LayerNoise, ...], int]:
             histogram=histograms.get(tensor),
         )
 
-    return tuple(measured(layer, tensor) for layer, tensor in model.outputs().items()), len(rows)
+    return tuple(measure(layer, tensor) for layer, tensor in model.outputs().items()), len(rows)
 
 
 def sqnr_db(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float | None:
@@ -56,18 +56,18 @@ def histogram(counts: Tensor, ends: tuple[float, float]) -> Distribution:
     return Distribution(low=ends[0], high=ends[1], counts=tuple(within), below=below / total, above=above / total)
 
 
-def _of_outputs(
+def _observe_outputs(
     model: Int8Model, task: Task, rows: Sequence[int]
 ) -> tuple[dict[str, tuple[float, float]], dict[str, Distribution]]:
     """Power of each layer's output and of its noise, and histograms, by name of the tensor."""
     tensors = list(dict.fromkeys(model.outputs().values()))
-    named = round_outputs(model.simulated)
+    named = round_outputs(model.int8_graph)
     read = [named.get(tensor, tensor) for tensor in tensors]
     ends = {tensor: _ends(model.affines[tensor]) for tensor in tensors if tensor in model.plan.activations}
     powers = {tensor: torch.zeros(2, dtype=torch.float64) for tensor in tensors}
     counts = {tensor: torch.zeros(BINS + 2) for tensor in ends}
     before = observe(model.graph, tensors, task.validation, rows)
-    after = observe(model.simulated, read, task.validation, rows)
+    after = observe(model.int8_graph, read, task.validation, rows)
     for floats, codes in zip(before, after, strict=True):
         for tensor, name in zip(tensors, read, strict=True):
             wanted = floats[tensor].double()

@@ -39,7 +39,7 @@ def total_time(layers: Mapping[str, Times], handovers: Sequence[Handover], float
     return time
 
 
-def cheapest(layers: Mapping[str, Times], handovers: Sequence[Handover]) -> frozenset[str]:
+def find_cheapest(layers: Mapping[str, Times], handovers: Sequence[Handover]) -> frozenset[str]:
     """The layers that compute in float where `total_time` is least, the most of them if several choices cost the same.
 
     Exact, as the least total is a minimum cut between int8 and float (Picard and Ratliff 1975): a layer on one side

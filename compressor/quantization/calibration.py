@@ -47,10 +47,10 @@ def calibrate(
         if node.name in planned:  # other tensors may hold infinity, as masks of attention do
             _check_finite(parameter(graph, node), node)
     seen: dict[str, Histogram] = {}
-    for batch in observe(graph, plan.ranged, split, samples):
+    for batch in observe(graph, plan.tensors_with_range, split, samples):
         for name, values in batch.items():
-            found = histogram(values)
-            seen[name] = seen[name] + found if name in seen else found
+            batch_histogram = histogram(values)
+            seen[name] = seen[name] + batch_histogram if name in seen else batch_histogram
     return {name: find_range(total, method) for name, total in seen.items()}
 
 

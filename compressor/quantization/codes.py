@@ -12,7 +12,7 @@ CODES = 255
 STORED_LIMIT = 127
 """Largest int8 code of a weight that is only stored."""
 _MOST_NOISE = 4.0
-"""Power of what rounding changes with one scale for all output channels, over that with a scale for each: one bit."""
+"""How much more power a rounding error may have with one scale for all output channels than with one each: one bit."""
 
 
 class Range(NamedTuple):
@@ -41,13 +41,13 @@ class WeightCodes(NamedTuple):
         return self.codes.float() * self.scale.reshape(along_axis(self.channel_axis, self.codes.ndim))
 
 
-def affine(found: Range) -> Affine:
+def affine(ends: Range) -> Affine:
     """Return scale and zero point of a uint8 tensor with this range, widened so that zero has a code.
 
-    The ends are moved inwards by a hair, so that they fall on the first and last code in whatever way divisions are
-    rounded: -1 / (2 / 255) may round to a code that is not the first, and a clip to (-1, 1) would have to stay float.
+    The ends are moved inwards by a millionth. So they fall on the first and last code however a division is rounded:
+    else -1 / (2 / 255) might round to another code than the first, and a clip to (-1, 1) would have to stay float.
     """
-    low, high = min(found.low, 0.0) * (1 - 1e-6), max(found.high, 0.0) * (1 - 1e-6)
+    low, high = min(ends.low, 0.0) * (1 - 1e-6), max(ends.high, 0.0) * (1 - 1e-6)
     scale = float(torch.tensor((high - low) / CODES, dtype=torch.float32))
     if not scale:
         return Affine(1.0, 0)

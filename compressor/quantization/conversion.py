@@ -27,7 +27,7 @@ Wrap: TypeAlias = Callable[[GraphModule, Node], Node]
 
 def affine_of(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
     """Scale and zero point by name of each tensor of `plan`, from the ranges of those that have one of their own."""
-    own = {name: affine(ranges[name]) for name in plan.ranged}
+    own = {name: affine(ranges[name]) for name in plan.tensors_with_range}
     return {
         name: Affine(own[activation.like].scale * activation.factor, own[activation.like].zero_point)
         for name, activation in plan.activations.items()
@@ -40,7 +40,7 @@ def round_weights(graph: GraphModule, plan: Plan, affines: Mapping[str, Affine],
     `limit` is the largest code of those that an int8 kernel multiplies with; the others take all eight bits.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
-    found = {}
+    codes = {}
     for unit in plan.units:
         if unit.weight is not None:
             weight, axis = parameter(graph, nodes[unit.weight.node]), unit.weight.channel_axis
@@ -49,8 +49,8 @@ def round_weights(graph: GraphModule, plan: Plan, affines: Mapping[str, Affine],
             largest = weight_limit(plan, unit, limit)
             one_scale = unit.weight.one_scale
             scale = weight_scale(weight, axis, largest, bias=bias, input_scale=input_scale, one_scale=one_scale)
-            found[unit.node] = weight_codes(weight, scale, axis, largest)
-    return found
+            codes[unit.node] = weight_codes(weight, scale, axis, largest)
+    return codes
 
 
 def weight_limit(plan: Plan, unit: Unit, limit: int) -> int:

@@ -35,50 +35,52 @@ def deploy(
     """Write an int8 model to `path` and compare it with PyTorch on the samples `rows` of the validation split.
 
     If the outputs of the two differ by more than one quantum, or name other classes for more than 0.5 % of the samples,
-    each layer is run on equal codes. Raises StageError naming the first that gives others then, or if the model cannot
-    be exported. If none does, a deep model has made much of single codes that fell on an edge, which is no fault.
+    each layer is run on equal codes. Raises StageError naming the first layer that then gives other codes, or if the
+    model cannot be exported. If none does, nothing is wrong: in a deep model, single codes that fell on the edge
+    between two have grown into a difference.
     """
-    deployed = to_unchecked_onnx(model.simulated, task, path)
-    found = compare(reference, model.simulated, deployed, task, rows)
-    if found.difference <= found.tolerance and 1 - (found.departures or 0.0) >= LEAST_AGREEMENT:
-        return deployed, found
-    departure = _departure(model, found.tolerance, task, rows)
+    deployed = to_unchecked_onnx(model.int8_graph, task, path)
+    deployment = compare(reference, model.int8_graph, deployed, task, rows)
+    if deployment.difference <= deployment.tolerance and 1 - (deployment.departures or 0.0) >= LEAST_AGREEMENT:
+        return deployed, deployment
+    departure = _departure(model, deployment.tolerance, task, rows)
     if departure is None:
-        return deployed, found
-    classes = "" if found.departures is None else f" and name another class for {found.departures:.2%} of them"
+        return deployed, deployment
+    others = deployment.departures
+    classes = "" if others is None else f" and name another class for {others:.2%} of them"
     msg = (
         f"outputs of the int8 model under ONNX Runtime must be those in PyTorch within one quantum, "
-        f"{found.tolerance:.3g} (RMS), and name the same class for {LEAST_AGREEMENT:.1%} of the samples, but on "
-        f"{found.samples} validation samples they differ by {found.difference:.3g}{classes}; the first to depart on "
-        f"equal inputs is {departure}; look in forward for randomness, and give the target that this CPU is"
+        f"{deployment.tolerance:.3g} (RMS), and name the same class for {LEAST_AGREEMENT:.1%} of the samples, but on "
+        f"{deployment.samples} validation samples they differ by {deployment.difference:.3g}{classes}; the first to "
+        f"depart on equal inputs is {departure}; look in forward for randomness, and give the target that this CPU is"
     )
     raise StageError(msg)
 
 
 def compare(
-    reference: Callable[[Inputs], Tensor], simulated: GraphModule, deployed: OnnxModel, task: Task, rows: Sequence[int]
+    reference: Callable[[Inputs], Tensor], int8_graph: GraphModule, deployed: OnnxModel, task: Task, rows: Sequence[int]
 ) -> Deployment:
     """Run the three on the same samples, in batches of one, two and more.
 
     The tolerance is one `output_quantum`, root mean square. Kernels add integers exactly and round each activation
-    once, so that they differ from PyTorch's sums only where these fall on the edge between two codes. There a tensor
-    moves by one code; on its way to the output that grows, but stays below a quantum in the mean (0.3 for ResNet-20),
-    while a wrong operator or scale, or an overflow, makes many. Where two logits lie within the tolerance of each
-    other, no class is the right one, and another name is no departure. Raises StageError if outputs or
-    the metric are not finite.
+    once. They differ from PyTorch only where its sums fall on the edge between two codes: there a tensor moves by one
+    code. This grows on its way to the output, but stays below a quantum in the mean (0.3 for ResNet-20). A wrong
+    operator or scale, or an overflow, makes many quanta. Where two logits are nearer to each other than the tolerance,
+    either class is right: naming the other one is no departure. Raises StageError if outputs or the metric are not
+    finite.
     """
     metric = task.metrics[0]
     sums: list[Tensor] = []
     powers = torch.zeros(3, dtype=torch.float64)
     elements = classified = same = apart = 0
-    tolerance = output_quantum(simulated, gather(task.validation, rows[:_FEW_SAMPLES]).inputs)
+    tolerance = output_quantum(int8_graph, gather(task.validation, rows[:_FEW_SAMPLES]).inputs)
     for indices in _batches(rows):
         batch = gather(task.validation, indices)
-        outputs = (reference(batch.inputs), predict(simulated, batch.inputs), deployed.predict(batch.inputs))
+        outputs = (reference(batch.inputs), predict(int8_graph, batch.inputs), deployed.predict(batch.inputs))
         _check_finite(outputs, indices)
-        wanted, ours, theirs = (found.double() for found in outputs)
+        wanted, ours, theirs = (tensor.double() for tensor in outputs)
         tolerance = max(tolerance, FLOAT_TOLERANCE * _root_mean_square(ours))
-        sums.append(torch.stack([metric.statistics(found, batch.targets) for found in outputs]))
+        sums.append(torch.stack([metric.statistics(tensor, batch.targets) for tensor in outputs]))
         powers += torch.stack([part.square().sum() for part in (wanted, theirs - wanted, theirs - ours)])
         elements += ours.numel()
         if _are_logits(ours, batch.targets):
@@ -108,10 +110,10 @@ def compare(
 
 
 def _check_finite(outputs: Sequence[Tensor], rows: Sequence[int]) -> None:
-    for name, found in zip(("float", "int8", "exported int8"), outputs, strict=True):
-        if not found.isfinite().all():
+    for name, tensor in zip(("float", "int8", "exported int8"), outputs, strict=True):
+        if not tensor.isfinite().all():
             msg = (
-                f"outputs of the {name} model must be finite numbers, found NaN or infinity on validation samples "
+                f"outputs of the {name} model must be finite numbers, tensor NaN or infinity on validation samples "
                 f"{rows[0]} to {rows[-1]}; look at them and at the weights"
             )
             raise StageError(msg)
@@ -120,8 +122,8 @@ def _check_finite(outputs: Sequence[Tensor], rows: Sequence[int]) -> None:
 def output_quantum(graph: GraphModule, inputs: Inputs) -> float:
     """How far the outputs of an int8 graph move, root mean square, when its last uint8 tensors move by one code.
 
-    Each code goes up or down at random, with an explicit seed. For uint8 outputs that is their scale; for float ones,
-    what one quantum of the tensors that they are computed from is worth. 0 without a uint8 tensor.
+    Each code goes up or down at random, with an explicit seed. For uint8 outputs the result is their scale. For float
+    outputs it is what one quantum of the tensors before them is worth. It is 0 without a uint8 tensor.
     """
     shaken = _Shaken(graph)
     shaken.last = _last_quantizers(graph)
@@ -150,17 +152,17 @@ class _Shaken(Interpreter):
 
 def _last_quantizers(graph: GraphModule) -> frozenset[Node]:
     """Find the nodes that write codes of which no other codes are computed on the way to the output."""
-    found: set[Node] = set()
+    quantizers: set[Node] = set()
     seen: set[Node] = set()
     waiting = list(graph.graph.output_node().all_input_nodes)
     while waiting:
         node = waiting.pop()
         if node.target is QUANTIZE:
-            found.add(node)
+            quantizers.add(node)
         elif node not in seen:
             waiting += node.all_input_nodes
         seen.add(node)
-    return frozenset(found)
+    return frozenset(quantizers)
 
 
 def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[int]) -> str | None:
@@ -169,7 +171,7 @@ def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[in
     One code (RMS) is no departure, nor is a quantum of the outputs.
     """
     units = {unit.output: f"layer {unit.layer!r}" for unit in model.plan.units if unit.output is not None}
-    graph = copy_graph(model.simulated)
+    graph = copy_graph(model.int8_graph)
     quantizers = [node for node in graph.graph.nodes if node.target is QUANTIZE]
     places = [units.get(source.name) or _place(source) for source, *_ in map(arguments, quantizers)]
     output = graph.graph.output_node()
@@ -194,7 +196,7 @@ def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[in
 
 
 class _Forced(Interpreter):
-    """Runs a graph and goes on from the given codes, whatever it finds itself; keeps how far that was, by node."""
+    """Runs a graph, but goes on from the given `codes`; keeps how far its own codes were from these, by node."""
 
     codes: Mapping[Node, Tensor]
     differences: dict[Node, float]

@@ -11,8 +11,7 @@ from compressor.models.artifact import OnnxModel, TorchModel
 from compressor.quantization.analysis import sqnr_db
 from compressor.quantization.deployment import deploy
 from compressor.quantization.int8_model import Int8Model, predict
-from compressor.records.int8 import Deployment, Fallback, LayerNoise, PutBack
-from compressor.report.int8_summary import worst_first
+from compressor.records.int8 import Deployment, Fallback, LayerNoise, PutBack, worst_first
 from compressor.task import EVALUATION_BATCH, Task, evaluate_outputs, evenly_spaced, gather
 from compressor.verdicts.limit import at_most
 
@@ -31,7 +30,7 @@ class Candidate:
 
     int8: Int8Model
     onnx: OnnxModel
-    found: Deployment
+    deployment: Deployment
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def put_back(
     work_dir: Path,
     log: Callable[[str], None],
 ) -> tuple[Candidate, Fallback]:
-    """Return the first model within the limits, or the best one met, and how it was found.
+    """Return the first model within the limits, or else the best one, and how the search went.
 
     One layer more is put back at a time, in the order of the noise that each alone makes in the outputs. It computes in
     float; its weights stay int8 in the file, unless their rounding alone makes more than a quarter of the noise.
@@ -64,16 +63,16 @@ def put_back(
     """
     start = time.monotonic()
     steps: list[PutBack] = []
-    best, best_drop, best_steps = first.int8, _fall(first.found, first.found.simulated_value), 0
+    best, best_drop, best_steps = first.int8, _fall(first.deployment, first.deployment.simulated_value), 0
     stopped: Literal["reached", "time", "nothing left"] = "nothing left"
     for int8, step in _attempts(first, layers, quantize, task, rows):
         steps.append(step)
-        log(f"{step.layer} in float, its weights {step.weights}: {first.found.metric.name} falls by {step.drop:.4g}")
+        log(f"{step.layer} in float, its weights {step.weights}: {task.metrics[0].name} falls by {step.drop:.4g}")
         if step.drop < best_drop:
             best, best_drop, best_steps = int8, step.drop, len(steps)
         if at_most(step.drop, limits.max_drop):
             candidate = _deploy(int8, model, task, work_dir / str(len(steps)), rows)
-            if at_most(candidate.found.drop, limits.max_drop):
+            if at_most(candidate.deployment.drop, limits.max_drop):
                 return candidate, _describe(
                     first, candidate, limits, task, stopped="reached", steps=steps, kept=len(steps)
                 )
@@ -97,7 +96,7 @@ def _attempts(
         keeps = _keeps_int8_weights(layer, layers, first.int8, quantize, task)
         (stored if keeps else kept).append(layer.layer)
         int8 = quantize(kept, stored)
-        drop = _fall(first.found, _value(int8, task, rows))
+        drop = _fall(first.deployment, _value(int8, task, rows))
         yield int8, PutBack(layer=layer.layer, weights="int8" if keeps else "float", drop=drop)
 
 
@@ -108,13 +107,13 @@ def _keeps_int8_weights(
     quantize: Quantize,
     task: Task,
 ) -> bool:
-    """Whether rounding its weights, to eight bits, is little of what the layer does to the outputs."""
+    """Whether rounding the layer's weights to eight bits makes little of the noise that the layer makes in int8."""
     if not any(unit.weight is not None and unit.inputs for unit in int8.plan.units if unit.layer == layer.layer):
         return False
     others = [other.layer for other in layers if other.layer != layer.layer]
     alone = quantize(others, [layer.layer])
     inputs = gather(task.validation, evenly_spaced(task.validation, _FEW_SAMPLES)).inputs
-    noise = sqnr_db([predict(alone.simulated, inputs)], [predict(alone.graph, inputs)])
+    noise = sqnr_db([predict(alone.int8_graph, inputs)], [predict(alone.graph, inputs)])
     return noise is None or layer.alone_sqnr_db is None or noise >= layer.alone_sqnr_db + _QUIETER_DB
 
 
@@ -123,13 +122,13 @@ def _value(int8: Int8Model, task: Task, rows: Sequence[int]) -> float:
         gather(task.validation, rows[start : start + EVALUATION_BATCH])
         for start in range(0, len(rows), EVALUATION_BATCH)
     )
-    pairs = ((predict(int8.simulated, batch.inputs), batch.targets) for batch in batches)
+    pairs = ((predict(int8.int8_graph, batch.inputs), batch.targets) for batch in batches)
     return evaluate_outputs(task.metrics[:1], pairs)[task.metrics[0].name]
 
 
-def _fall(found: Deployment, value: float) -> float:
+def _fall(deployment: Deployment, value: float) -> float:
     """How much worse than the float model's a value of the metric is."""
-    return found.model_copy(update={"deployed_value": value}).drop
+    return deployment.model_copy(update={"deployed_value": value}).drop
 
 
 def _deploy(int8: Int8Model, model: TorchModel, task: Task, directory: Path, rows: Sequence[int]) -> Candidate:
@@ -147,7 +146,7 @@ def _describe(
     steps: Sequence[PutBack],
     kept: int,
 ) -> Fallback:
-    """Tell what the search came to, and what the result costs beside the model that is int8 throughout."""
+    """Record how the search ended, and what its result costs beside the model that is int8 throughout."""
     before, after = (sum(file.stat().st_size for file in one.onnx.files) for one in (first, last))
     ratio = 1.0
     if last is not first:
@@ -159,7 +158,7 @@ def _describe(
         stopped=stopped,
         steps=tuple(steps),
         kept=kept,
-        before=first.found,
+        before=first.deployment,
         added_bytes=after - before,
         latency_ratio=ratio,
     )

@@ -29,7 +29,7 @@ class Int8Model:
     """By name of a unit's node."""
 
     @cached_property
-    def simulated(self) -> GraphModule:
+    def int8_graph(self) -> GraphModule:
         """The graph that is exported; in PyTorch it computes what the file does."""
         return convert(self.graph, self.plan, self.affines, self.weights)
 
@@ -44,7 +44,7 @@ class Int8Model:
         return replace(self, plan=Plan(units, read | given))
 
     def outputs(self) -> Mapping[str, str]:
-        """Name of the tensor that each layer gives, by layer; in `graph` and, before it is rounded, in `simulated`.
+        """Name of the tensor that each layer gives, by layer; in `graph` and, before it is rounded, in `int8_graph`.
 
         Layers that only move codes are left out: they round nothing.
         """
@@ -63,11 +63,11 @@ def predict(graph: GraphModule, inputs: Inputs) -> Tensor:
     return outputs
 
 
-def round_outputs(simulated: GraphModule) -> Mapping[str, str]:
+def round_outputs(int8_graph: GraphModule) -> Mapping[str, str]:
     """Name of the node that gives a tensor after it was rounded to its codes, by name of that tensor."""
     return {
         str(codes.args[0]): node.name
-        for node in simulated.graph.nodes
+        for node in int8_graph.graph.nodes
         if node.target is DEQUANTIZE
         for codes in node.all_input_nodes[:1]
         if codes.target is QUANTIZE

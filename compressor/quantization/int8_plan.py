@@ -82,12 +82,12 @@ class Plan:
         return any(unit.weight is not None and unit.inputs for unit in self.units)
 
     @property
-    def ranged(self) -> tuple[str, ...]:
+    def tensors_with_range(self) -> tuple[str, ...]:
         """Names of the tensors with a range of their own."""
         return tuple(name for name, activation in self.activations.items() if activation.like == name)
 
 
-def weighted_floats(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
+def list_float_layers(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
     """Names of the layers with a weight of two dimensions or more that has no place in `plan`."""
     known = {unit.node for unit in plan.units if unit.weight is not None}
     return tuple(

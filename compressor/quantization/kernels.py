@@ -29,7 +29,7 @@ _EVENT = "_kernel_time"
 
 
 class Kernel(NamedTuple):
-    """One kernel of one session; a time contains a microsecond or two that its measurement takes."""
+    """One kernel of one session; its time contains the microsecond or two that measuring it takes."""
 
     node: str | None
     """Name of the node of the torch graph whose result it gives; None for one that converts or reorders."""

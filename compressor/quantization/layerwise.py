@@ -43,7 +43,7 @@ class Layer:
         return inputs
 
     @property
-    def added(self) -> Tensor | None:
+    def offset(self) -> Tensor | None:
         """What is added to each output channel, also where another layer adds it too."""
         return self.arguments[self.positions[2]] if self.bias is None and self.positions[2] >= 0 else self.bias
 
@@ -61,7 +61,7 @@ Refine: TypeAlias = Callable[[Layer], Layer]
 """Gives a layer other codes or another bias."""
 
 
-def refined(
+def refine_layers(
     graph: GraphModule,
     plan: Plan,
     affines: Mapping[str, Affine],
@@ -110,7 +110,7 @@ def refined(
 
 
 def sample_inputs(graph: GraphModule, split: Split, samples: Sequence[int]) -> Inputs:
-    """Inputs of as many of `samples`, spread over them, as layers are refined on; fewer if their tensors are large.
+    """Inputs to refine layers on: of up to `SAMPLES` of `samples`, evenly spaced, fewer if their tensors are large.
 
     `samples` are indices into `split`, at least one.
     """
@@ -177,7 +177,7 @@ def _call(node: Node, values: Sequence[Any]) -> Any:
 
 
 def _last_readers(graph: GraphModule) -> dict[Node, list[Node]]:
-    """List by node what no node after it reads."""
+    """By node, the nodes that it is the last to read."""
     seen: set[Node] = set()
     last: dict[Node, list[Node]] = {}
     for node in reversed(graph.graph.nodes):

@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from compressor.errors import StageError
 from compressor.quantization.calibration import FEW_SAMPLES, calibration_samples
-from compressor.quantization.int8_plan import Plan, plan_int8, weighted_floats
+from compressor.quantization.int8_plan import Plan, list_float_layers, plan_int8
 from compressor.task import Split
 
 
@@ -27,7 +27,7 @@ def prepare_plan(
         whose = "the model has none that keep_float leaves" if keep_float else "the model has none"
         msg = f"int8 needs a convolution or a linear layer with a weight of its own, but {whose}"
         raise StageError(msg)
-    floats = weighted_floats(spelled, plan)
+    floats = list_float_layers(spelled, plan)
     if floats:
         log(f"stays in float: {', '.join(floats)}")
     return spelled, plan

@@ -30,8 +30,8 @@ class Histogram:
     """Values per bin, int64 (2 * BINS - 1,). In units of 2^`exponent` bin k beyond the middle holds [k, k + 1), the
     middle (-1, 1), and those before it mirror those beyond."""
     exponent: int
-    """Bins double when a value falls outside, and two then become one: no value is counted in another bin than if the
-    widest value had come first."""
+    """When a value falls outside, bins double their width and two become one. So every value is in the bin in which it
+    would be if the widest value had come first."""
     extent: Range
     """Smallest and largest value."""
     sums: Range
@@ -68,21 +68,21 @@ def find_range(seen: Histogram, method: RangeMethod) -> Range:
     return Range(min(low, 0.0), max(high, 0.0))
 
 
-def rounding_error(values: Tensor, counts: Tensor, found: Range) -> float:
+def rounding_error(values: Tensor, counts: Tensor, ends: Range) -> float:
     """Sum of the squared errors that codes of this range make in `values`, each there `counts` times; both (B,)."""
-    scale, zero_point = affine(found)
+    scale, zero_point = affine(ends)
     kept = (values / scale).round_().clamp_(-zero_point, CODES - zero_point).mul_(scale)
     return float(counts @ (values - kept).square_())
 
 
-def divergence(values: Tensor, counts: Tensor, found: Range) -> float:
+def divergence(values: Tensor, counts: Tensor, ends: Range) -> float:
     """Kullback-Leibler divergence, in nats, of a histogram from what codes of this range keep of it.
 
-    `values` and `counts`, (B,), are the bins' middles, ascending, and contents. What lies outside counts into the
-    outermost bins inside; what codes keep is the mean over the filled bins that share a code (Migacz, GTC 2017).
-    At least one bin must be inside. Infinite if an outermost one is empty but for what was clipped.
+    `values` are the bins' middles, ascending, and `counts` their contents, (B,) each. What lies outside the range
+    counts into the outermost bins inside. What codes keep is the mean over the filled bins that share a code (Migacz,
+    GTC 2017). At least one bin must be inside. The result is infinite if an outermost bin has only what was clipped.
     """
-    scale, zero_point = affine(found)
+    scale, zero_point = affine(ends)
     codes = (values / scale).round_() + zero_point
     inside = (codes >= 0) & (codes <= CODES)
     kept, codes = counts[inside], codes[inside].long()

@@ -13,7 +13,7 @@ from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, round_weights
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.int8_plan import plan_int8
-from compressor.quantization.layerwise import Refine, refined, sample_inputs
+from compressor.quantization.layerwise import Refine, refine_layers, sample_inputs
 from compressor.quantization.ranges import RangeMethod
 from compressor.quantization.rounding import learn_rounding
 from compressor.quantization.targets import TARGETS, TargetName
@@ -58,5 +58,5 @@ def int8_model(
     weights = round_weights(spelled, plan, affines, TARGETS[recipe.target].weight_limit)
     if recipe.refinements:
         inputs = sample_inputs(spelled, split, samples)
-        spelled, weights = refined(spelled, plan, affines, weights, inputs, refinements=recipe.refinements)
+        spelled, weights = refine_layers(spelled, plan, affines, weights, inputs, refinements=recipe.refinements)
     return Int8Model(spelled, plan, affines, weights)

@@ -22,6 +22,6 @@ def check_float(module: nn.Module) -> None:
             _refuse(f"{name!r} holds {weight.dtype}", "convert it with .float(), and its inputs")
 
 
-def _refuse(found: str, advice: str = "give the model as it was before it was quantized") -> None:
-    msg = f"int8 must start from a float32 model, but {found}; {advice}"
+def _refuse(fault: str, advice: str = "give the model as it was before it was quantized") -> None:
+    msg = f"int8 must start from a float32 model, but {fault}; {advice}"
     raise StageError(msg)

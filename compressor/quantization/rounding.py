@@ -115,7 +115,7 @@ def _products(layer: Layer, generator: torch.Generator) -> _Products:
     else:
         drawn = _draw(inputs.shape[:-1], generator)
         rows, wanted = inputs[drawn], layer.outputs[drawn]
-    bias = torch.zeros(wanted.shape[-1]) if layer.added is None else layer.added
+    bias = torch.zeros(wanted.shape[-1]) if layer.offset is None else layer.offset
     return _Products(
         rows=rows.reshape(len(rows), groups, -1).transpose(0, 1).contiguous(),
         wanted=_clip(layer.node, wanted).reshape(len(rows), groups, -1).transpose(0, 1).contiguous(),

@@ -14,14 +14,14 @@ def select_layers(layers: Sequence[str], patterns: Collection[str]) -> tuple[str
     paths = tuple(dict.fromkeys(above for layer in layers for above in _paths_to(layer)))
     named: set[str] = set()
     for pattern in patterns:
-        found = matching(paths, pattern)
-        if not found:
+        matches = matching(paths, pattern)
+        if not matches:
             msg = (
                 f"keep_float must name layers that would become int8, but {pattern!r} names none"
                 f"{did_you_mean(pattern, paths)}; they are {', '.join(layers)}"
             )
             raise InputError(msg)
-        named.update(found)
+        named.update(matches)
     return tuple(layer for layer in layers if not named.isdisjoint(_paths_to(layer)))
 
 

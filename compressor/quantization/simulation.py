@@ -21,16 +21,16 @@ from compressor.quantization.int8_plan import Plan, Unit
 AVERAGING = 0.01
 """How far a range moves, at each step, towards that of the batch."""
 _MOMENTUM = 0.1
-"""How far BatchNorm's statistics do, where the model has no number of its own: those of all batches so far, equally."""
+"""The same for BatchNorm's statistics, where the model gives no number: `momentum=None` weighs all batches equally."""
 
 
 def simulate(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit: int, *, live: bool) -> GraphModule:
     """Return `graph` with every tensor of `plan` rounded to its codes; gradients pass rounding, but not clipping.
 
-    If `live`, each range starts as in `ranges` and follows the batches, and BatchNorm normalizes each batch by itself
-    while its statistics follow: in evaluation mode, too, so such a graph is for training alone. If not, the outputs are
-    those of `converted`, up to the order of sums. `limit` is the largest code of a weight. Parameters keep their names;
-    tensors are those of `graph`, so train a copy, as `fit` does.
+    If `live`, each range starts as in `ranges` and follows the batches. BatchNorm then normalizes each batch by itself,
+    and its statistics follow too, also in evaluation mode: such a graph is for training alone. If not `live`, the
+    outputs are those of `convert`, up to the order of sums. `limit` is the largest code of a weight. Parameters keep
+    their names. Tensors are those of `graph`, so train a copy, as `fit` does.
     """
     affines = affine_of(plan, ranges)
 
@@ -98,7 +98,7 @@ class _Rounding(torch.autograd.Function):
     """Numbers to the nearest code and back; the gradient passes where codes are not clipped (Bengio et al. 2013).
 
     On CPUs this takes a tenth of the time of `torch.fake_quantize_per_tensor_affine`, and it divides by the scale as
-    ONNX Runtime does. It keeps its input, which the layer before it mostly keeps as well, and no mask.
+    ONNX Runtime does. For the gradient it keeps its input, which the layer before mostly keeps as well, and no mask.
     """
 
     @staticmethod

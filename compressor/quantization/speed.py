@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from compressor.measure.latency import time_models
 from compressor.onnx_files.inputs import Array
-from compressor.quantization.assignment import Handover, Times, cheapest, total_time
+from compressor.quantization.assignment import Handover, Times, find_cheapest, total_time
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import arguments, is_parameter, shape
@@ -54,28 +54,29 @@ class Choice:
         return f"{list_names(self.floats)} compute in float: {reason}, this is {_interval(self.speed)}"
 
 
-def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Collection[str] = ()) -> Choice:
+def choose_fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Collection[str] = ()) -> Choice:
     """Choose the layers of a folded float graph that should be in `compute_float` of `plan_int8`.
 
-    Profiles the model with all layers in int8 and with all in float, divides them so that the sum of their times and of
-    the conversions between them is least, and times the whole models in turns, for a batch of one on one thread: a
-    profile is a guess, as it lengthens small kernels and does not know what a mixture keeps ONNX Runtime from fusing.
-    If a mixture takes longer than guessed, conversions must, and another is tried. What is chosen is faster than float,
-    or is float. Raises StageError if torch cannot trace or translate the graph.
+    The model is profiled with all layers in int8 and with all in float. Layers are then divided so that the sum of
+    their times and of the conversions between them is least. As a profile is only a guess, the whole models are timed
+    in turns, for a batch of one on one thread: a profile lengthens small kernels, and it does not know which kernels
+    ONNX Runtime cannot fuse in a mixture. If a mixture takes longer than guessed, conversions are taken to be longer,
+    and another mixture is tried. What is chosen is faster than float, or is float. Raises StageError if torch cannot
+    trace or translate the graph.
     """
     inputs = tuple(tensor[:1].numpy() for tensor in task.example_inputs)
     spelled, whole = plan_int8(graph, keep_float=keep_float)
     layers = tuple(dict.fromkeys(unit.layer for unit in whole.units if unit.inputs))
     with tempfile.TemporaryDirectory() as directory:
 
-        def written(floats: Collection[str]) -> Path:
+        def write(floats: Collection[str]) -> Path:
             path = Path(directory) / f"{len(paths)}.onnx"
             onnx.save(_model(graph, task, weight_limit, keep_float, floats), path)
             return path
 
         paths: dict[frozenset[str], Path] = {}
         for floats in (frozenset(layers), frozenset[str]()):
-            paths[floats] = written(floats)
+            paths[floats] = write(floats)
         timed = _time(paths, inputs)
         float_model, int8_model = (
             _without_overhead(kernels(path, inputs), whole=_seconds(timed, floats)) for floats, path in paths.items()
@@ -83,14 +84,14 @@ def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Co
         owners = _owners(spelled, whole)
         owners |= {node.name: node.meta["layer"] for node in graph.graph.nodes if node.meta.get("layer") in layers}
         times = _times(layers, owners, float_model, int8_model)
-        handovers = _handovers(spelled, whole, owners, _Conversion.measured((*float_model, *int8_model)))
+        handovers = _handovers(spelled, whole, owners, _Conversion.from_profile((*float_model, *int8_model)))
         ties = _ties(handovers, set(_by_layer(float_model, owners)), owners, whole)
         for _ in range(_MIXTURES):
-            mixed = cheapest(times, [*handovers, *ties])
+            mixed = find_cheapest(times, [*handovers, *ties])
             least = min(_seconds(timed, floats) for floats in timed)
             if mixed in paths or total_time(times, handovers, mixed) > least * (1 - _WORTH_TRYING):
                 break
-            paths[mixed] = written(mixed)
+            paths[mixed] = write(mixed)
             timed = _time(paths, inputs)
             handovers = _stretch(times, handovers, mixed, _seconds(timed, mixed))
     candidates = sorted(timed, key=len, reverse=True)
@@ -101,9 +102,10 @@ def fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_float: Co
 
 
 def index_of_fastest(latencies: Sequence[Latency]) -> int:
-    """Index of the model to take, of some in which ever more layers are int8, the first wholly float.
+    """Index of the model to take. The first is wholly float; the others have ever more layers in int8.
 
-    It is the last of those that cannot be told from the fastest, or the first if none is surely faster than that.
+    If none is surely faster than the first, it is the first. Else it is the last of those that are surely faster and
+    cannot be told from the fastest.
     """
     faster = [latency for latency in latencies[1:] if latency.ratio_low > 1]
     if not faster:
@@ -113,10 +115,10 @@ def index_of_fastest(latencies: Sequence[Latency]) -> int:
 
 
 def islands(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
-    """Layers that compute in float what int8 layers give, for other int8 layers to read, in the order of the graph.
+    """Layers that compute in float between int8 layers: they read what one gives, and give what another reads.
 
-    Each costs conversions around it: LayerNorm, GELU and the like, which have no int8 kernel. A clip that is read as
-    uint8 is none: its bounds are where the codes end.
+    They have no int8 kernel, as LayerNorm and GELU, and each costs conversions around it. A clip that is read as uint8
+    is none of them: its bounds are where the codes end. In the order of the graph.
     """
     computing = [unit for unit in plan.units if unit.inputs]
     inside = _owners(graph, plan)
@@ -161,7 +163,7 @@ def _seconds(timed: Mapping[frozenset[str], Latency], floats: frozenset[str]) ->
 
 
 def _without_overhead(profile: Sequence[Kernel], *, whole: float) -> list[Kernel]:
-    """Take from each kernel an equal part of what the profile takes longer than the `whole` model does in seconds."""
+    """Take the profile's overhead, its time beyond that of the `whole` model in seconds, off all kernels alike."""
     overhead = max(0.0, sum(kernel.seconds for kernel in profile) - whole) / len(profile)
     return [kernel._replace(seconds=max(kernel.seconds - overhead, kernel.seconds / 10)) for kernel in profile]
 
@@ -187,10 +189,11 @@ def _by_layer(profile: Iterable[Kernel], owners: Mapping[str, str]) -> dict[str,
 def _ties(
     handovers: Sequence[Handover], with_kernels: Collection[str], owners: Mapping[str, str], plan: Plan
 ) -> list[Handover]:
-    """Layers that have one form as they are one kernel in float, so that nothing is known of each alone.
+    """Pairs of layers that must have the same form, int8 or float, because ONNX Runtime fuses them in float.
 
-    A convolution whose name is gone has that of the activation that reads it; anything else joined the last of the
-    convolutions that it reads.
+    The profile has one time for both, so nothing is known of either alone. Of a fused pair only one layer has a kernel
+    of its name. A layer with a weight and without such a kernel is tied to the layers that read it. One without a
+    weight is tied to the last layer that it reads.
     """
     weighted = {unit.layer for unit in plan.units if unit.weight is not None}
     fused = set(owners.values()).difference(with_kernels)
@@ -207,7 +210,7 @@ def _pairs(handovers: Iterable[Handover]) -> list[tuple[str, str]]:
 def _stretch(
     times: Mapping[str, Times], handovers: Sequence[Handover], floats: Collection[str], seconds: float
 ) -> list[Handover]:
-    """Make conversions so long that the model in which `floats` compute in float takes `seconds`, but no shorter."""
+    """Lengthen conversions until the model in which `floats` compute in float takes `seconds`; never shorten them."""
     without = total_time(times, (), floats)
     factor = max(1.0, (seconds - without) / (total_time(times, handovers, floats) - without))
     return [handover._replace(time=handover.time * factor) for handover in handovers]
@@ -215,13 +218,13 @@ def _stretch(
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A change of form is two kernels, of numbers and of layout, each as slow as a Q of so many elements."""
+    """Time of a change between int8 and float: one kernel for the numbers and one for their layout, each as a Q."""
 
     seconds: float
     seconds_per_element: float
 
     @classmethod
-    def measured(cls, profile: Sequence[Kernel]) -> "_Conversion":
+    def from_profile(cls, profile: Sequence[Kernel]) -> "_Conversion":
         """From the fastest kernel and the largest Q of a profile."""
         least = min(kernel.seconds for kernel in profile)
         largest = max((k for k in profile if k.operator == "QuantizeLinear"), key=lambda k: k.elements)
@@ -233,7 +236,7 @@ class _Conversion:
 
 def _handovers(graph: GraphModule, plan: Plan, owners: Mapping[str, str], conversion: _Conversion) -> list[Handover]:
     """The tensors between layers, in the order of the graph."""
-    found = []
+    handovers = []
     for node in graph.graph.nodes:
         if is_parameter(node) or not isinstance(node.meta.get("val"), Tensor):
             continue
@@ -243,8 +246,8 @@ def _handovers(graph: GraphModule, plan: Plan, owners: Mapping[str, str], conver
         read_as_float = any(user.name not in owners for user in node.users)
         if readers or (gives_int8 and read_as_float):
             time = conversion.of(_elements(node))
-            found.append(Handover(owner if gives_int8 else None, readers, read_as_float, time))
-    return found
+            handovers.append(Handover(owner if gives_int8 else None, readers, read_as_float, time))
+    return handovers
 
 
 def _elements(node: Node) -> int:
@@ -255,15 +258,15 @@ def _elements(node: Node) -> int:
 def _owners(graph: GraphModule, plan: Plan) -> dict[str, str]:
     """The layer of each node that is part of an int8 kernel, by name."""
     nodes = {node.name: node for node in graph.graph.nodes}
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for unit in plan.units:
         if unit.inputs:
             node = nodes[unit.output or unit.node]
             while node.name != unit.node:
-                found[node.name] = unit.layer
+                owners[node.name] = unit.layer
                 node = arguments(node)[0]
-            found[unit.node] = unit.layer
-    return found
+            owners[unit.node] = unit.layer
+    return owners
 
 
 def _interval(latency: Latency) -> str:

@@ -70,12 +70,12 @@ def with_weights(graph: GraphModule, plan: WeightPlan, bits: int, block_size: in
         node = nodes[unit.node]
         source, weight, bias = _operands(node)
         channel_axis = LINEARS[node.target][3]
-        found = block_codes(parameter(result, weight).movedim(channel_axis, 0), bits, block_size)
-        zero_point = F.pad(found.zero_point, (0, found.zero_point.shape[1] * bits % 8 // 4))  # a row ends with a byte
+        blocks = block_codes(parameter(result, weight).movedim(channel_axis, 0), bits, block_size)
+        zero_point = F.pad(blocks.zero_point, (0, blocks.zero_point.shape[1] * bits % 8 // 4))  # a row ends with a byte
         with result.graph.inserting_before(node):
             tensors = (
-                add_tensor(result, f"{weight.name}_codes", pack(found.codes, bits)),
-                add_tensor(result, f"{weight.name}_scale", found.scale),
+                add_tensor(result, f"{weight.name}_codes", pack(blocks.codes, bits)),
+                add_tensor(result, f"{weight.name}_scale", blocks.scale),
                 add_tensor(result, f"{weight.name}_zero_point", pack(zero_point, bits)),
             )
         node.target, node.args = MATMUL_BLOCKS, (source, *tensors, bias)

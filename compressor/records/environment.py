@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Version of each installed package that results depend on."""
-    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    return {name: number for name in _PACKAGES if (number := _version(name)) is not None}
 
 
 def _cpuinfo(text: str) -> Mapping[str, str]:

@@ -1,5 +1,7 @@
 """What int8 did to a model, as frozen records that read and write JSON."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 from compressor.records.findings import Finding
@@ -24,7 +26,7 @@ class Deployment(Record):
     agreement: float | None
     """Share of samples, in [0, 1], for which both name the same class; None for outputs that are no logits."""
     departures: float | None
-    """Share of samples for which they do not although the logits of the two classes lie apart."""
+    """Share of samples for which the two name different classes, although the logits of these classes lie apart."""
 
     @property
     def drop(self) -> float:
@@ -58,6 +60,11 @@ class LayerNoise(Record):
     """Of the metric with this layer alone in int8."""
     histogram: Distribution | None
     """Of its outputs; None if they are float."""
+
+
+def worst_first(layers: Sequence[LayerNoise]) -> list[LayerNoise]:
+    """Order layers by what each alone does to the model's outputs, the most noise first."""
+    return sorted(layers, key=lambda layer: math.inf if layer.alone_sqnr_db is None else layer.alone_sqnr_db)
 
 
 class PutBack(Record):

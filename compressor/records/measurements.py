@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 _MOST = 2**63 - 1
 Count: TypeAlias = Annotated[int, Field(ge=0, le=_MOST)]
-"""Of things in a model or a session, or the index of one; sums and ratios of such numbers are numbers of any kind."""
+"""A number of things in a model or a session, or the index of one, bounded so that sums and ratios of it are finite."""
 Bytes: TypeAlias = Annotated[int, Field(ge=1, le=_MOST)]
 _Milliseconds: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e12)]
 _Ratio: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e9)]
-"""Of two times; no two that were measured lie further apart, and its inverse is a number too."""
+"""Of two times. No two that were measured lie further apart, and the inverse is in the same bounds."""
 
 
 class Record(BaseModel):
@@ -115,7 +115,7 @@ class Interval(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """How far from 1 the farther end lies, on the logarithmic scale: of a noise floor, the differences it makes."""
+        """How far from 1 the farther end lies, on the logarithmic scale: of a noise floor, what noise alone can do."""
         return max(abs(math.log(self.low)), abs(math.log(self.high)))
 
 

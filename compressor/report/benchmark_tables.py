@@ -6,28 +6,28 @@ from compressor.text.figures import facts, milliseconds, printable, size, size_r
 from compressor.text.layout import align, markdown_bullets, markdown_table
 
 
-def to_table(found: Benchmark) -> str:
+def to_table(benchmark: Benchmark) -> str:
     """Two aligned tables, what the files are and how fast, and how they were timed. Without a final newline."""
-    return "\n\n".join([align(file_cells(found)), align(latency_cells(found)), "\n".join(notes(found))])
+    return "\n\n".join([align(file_cells(benchmark)), align(latency_cells(benchmark)), "\n".join(notes(benchmark))])
 
 
-def to_markdown(found: Benchmark) -> str:
+def to_markdown(benchmark: Benchmark) -> str:
     """The same as Markdown, names escaped, with the machine."""
     sections = [
         "# Benchmark",
-        markdown_table(file_cells(found)),
-        markdown_table(latency_cells(found)),
-        markdown_bullets(notes(found)),
+        markdown_table(file_cells(benchmark)),
+        markdown_table(latency_cells(benchmark)),
+        markdown_bullets(notes(benchmark)),
         "## Environment",
-        markdown_bullets(facts(found.environment)),
+        markdown_bullets(facts(benchmark.environment)),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def file_cells(found: Benchmark) -> list[list[str]]:
+def file_cells(benchmark: Benchmark) -> list[list[str]]:
     """What each file is, one per row, headings first."""
-    baseline = found.candidates[0]
-    batch = found.timings[0].session.batch_size
+    baseline = benchmark.candidates[0]
+    batch = benchmark.timings[0].session.batch_size
     head = ["file", "size", "size vs baseline", "transfer (gzip)", "parameters", f"MACs (batch of {batch})"]
     return [
         head,
@@ -39,30 +39,30 @@ def file_cells(found: Benchmark) -> list[list[str]]:
                 size(one.transfer_bytes),
                 *("unknown" if number is None else f"{number:,}" for number in (one.parameters, one.macs)),
             ]
-            for one in found.candidates
+            for one in benchmark.candidates
         ),
     ]
 
 
-def latency_cells(found: Benchmark) -> list[list[str]]:
+def latency_cells(benchmark: Benchmark) -> list[list[str]]:
     """How fast each file is in each session, headings first; each session ends with the baseline timed once more."""
-    baseline = printable(found.candidates[0].name)
+    baseline = printable(benchmark.candidates[0].name)
     rows = [["file", "batch", "threads", "latency (p50)", "latency vs baseline (95 % interval)"]]
-    for timing in found.timings:
+    for timing in benchmark.timings:
         setting = [str(timing.session.batch_size), str(timing.session.threads)]
-        named = zip(found.candidates, timing.latencies, strict=True)
+        named = zip(benchmark.candidates, timing.latencies, strict=True)
         for one, latency in named:
-            compared = "" if one is found.candidates[0] else speed(latency)
+            compared = "" if one is benchmark.candidates[0] else speed(latency)
             rows.append([printable(one.name), *setting, milliseconds(latency.p50_ms), compared])
         noise = timing.session.noise
         rows.append([f"{baseline}, again", *setting, milliseconds(noise.p50_ms), speed(noise)])
     return rows
 
 
-def notes(found: Benchmark) -> list[str]:
+def notes(benchmark: Benchmark) -> list[str]:
     """How each session was taken, what its noise floor is, and why something was not counted; one line each."""
     sessions = []
-    for timing in found.timings:
+    for timing in benchmark.timings:
         inputs = ", ".join(f"{printable(name)} {shape}" for name, shape in timing.inputs.items())
         sessions.append(f"Latency: {conditions(timing.session)}, on {inputs}.")
     method = (
@@ -71,7 +71,7 @@ def notes(found: Benchmark) -> list[str]:
     )
     uncounted = [
         f"{printable(one.name)} is not counted whole: {printable(one.uncounted)}"
-        for one in found.candidates
+        for one in benchmark.candidates
         if one.uncounted is not None
     ]
     return [*sessions, method, *uncounted]

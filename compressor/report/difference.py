@@ -64,7 +64,7 @@ def _changes(was: _Texts, now: _Texts) -> Iterator[str]:
 
 
 def _pairs(was: Sequence[str], now: Sequence[str]) -> dict[int, int]:
-    """Positions in `now` of names that `was` has too, each with its position in `was`; both rise."""
+    """Position in `was` by position in `now`, of names that both have; both positions rise."""
     blocks = SequenceMatcher(a=was, b=now, autojunk=False).get_matching_blocks()
     return {block.b + step: block.a + step for block in blocks for step in range(block.size)}
 
@@ -105,7 +105,7 @@ def _facts(report: Report) -> dict[str, str]:
 
 
 def _conditions(report: Report, other: Report) -> dict[str, str]:
-    """What must be alike for `compress gate` to compare two reports, of what both have."""
+    """What `compress gate` needs to be equal in two reports to compare them; only what both reports have."""
     names, session = {metric.name for metric in other.metrics}, report.latency_session
     found = {"pipeline": report.pipeline, "test samples": f"{report.rows[-1].measurement.samples:,}"}
     for metric in report.metrics:

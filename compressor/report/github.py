@@ -25,7 +25,7 @@ _PROPERTY = {**_DATA, ":": "%3A", ",": "%2C"}
 
 
 def inert(text: str) -> str:
-    """`text` with a space in everything that a runner would take for a command: names in it come from anywhere."""
+    """`text` with a space in whatever a runner would take for a command: it may hold names that anyone chose."""
     return _COMMAND.sub(lambda match: f"{match[0]} ", text)
 
 
@@ -66,10 +66,10 @@ def append_summary(markdown: str, path: Path) -> None:
 
 
 def fit_in(markdown: str, room: int) -> str:
-    """`markdown` in at most `room` bytes: without its last sections if need be, and then with a sentence that says so.
+    """`markdown` in at most `room` bytes.
 
-    The first section that is not a title alone is cut at the end of a line. Empty if there is no room even for the
-    sentence.
+    If it is longer, its last sections are left out, and a sentence says so. If not even one section fits, it is cut at
+    the end of a line. It is empty if there is no room for the sentence.
     """
     if _size(markdown) <= room:
         return markdown

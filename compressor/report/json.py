@@ -19,9 +19,9 @@ class _Header(BaseModel):
     schema_version: Any = None
 
 
-def to_json(found: Report | Benchmark) -> str:
+def to_json(record: Report | Benchmark) -> str:
     """Indented JSON; `read_report` gives an equal report back."""
-    return found.model_dump_json(indent=1) + "\n"
+    return record.model_dump_json(indent=1) + "\n"
 
 
 def read_report(path: Path) -> Report:

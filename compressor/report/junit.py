@@ -13,22 +13,23 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 def to_junit(name: str, verdicts: Sequence[Verdict]) -> bytes:
     """The suite `name` with a case for each verdict: unmet fails, undecidable is an error, at level `warn` skipped."""
     kinds = [_kind(verdict) for verdict in verdicts]
+    suite_name = _strip_forbidden(name)
     root = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(
         root,
         "testsuite",
-        name=_allowed(name),
+        name=suite_name,
         tests=str(len(kinds)),
         failures=str(kinds.count("failure")),
         errors=str(kinds.count("error")),
         skipped=str(kinds.count("skipped")),
     )
     for kind, verdict in zip(kinds, verdicts, strict=True):
-        case = ElementTree.SubElement(suite, "testcase", classname=_allowed(name), name=_allowed(verdict.metric))
+        case = ElementTree.SubElement(suite, "testcase", classname=suite_name, name=_strip_forbidden(verdict.metric))
         if kind == "system-out":
-            ElementTree.SubElement(case, kind).text = _allowed(verdict.message)
+            ElementTree.SubElement(case, kind).text = _strip_forbidden(verdict.message)
         else:
-            ElementTree.SubElement(case, kind, type=verdict.status, message=_allowed(verdict.message))
+            ElementTree.SubElement(case, kind, type=verdict.status, message=_strip_forbidden(verdict.message))
     document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return document + b"\n"
 
@@ -42,5 +43,5 @@ def _kind(verdict: Verdict) -> str:
     return "failure" if verdict.status == "unmet" else "error"
 
 
-def _allowed(text: str) -> str:
+def _strip_forbidden(text: str) -> str:
     return _FORBIDDEN.sub("", text)

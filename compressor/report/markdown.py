@@ -2,7 +2,7 @@
 
 from compressor.records.report import Report, Row
 from compressor.report.classifier import class_cells, meanings, quality_cells, sample_cells, summary
-from compressor.report.int8_summary import describe_deployment, describe_fallback, layer_cells, shown_layers
+from compressor.report.int8_summary import describe_deployment, describe_fallback, describe_layers, layer_cells
 from compressor.report.remarks import headline, method, readiness, remarks
 from compressor.report.reproduction import command, settings
 from compressor.report.table import cells
@@ -66,15 +66,15 @@ def _int8(report: Report) -> str:
     """What int8 did to each model and its layers; empty if no stage made one int8."""
     parts: list[str] = []
     for row in report.rows:
-        if (found := row.quantization) is None:
+        if (quantization := row.quantization) is None:
             continue
         lines = [
-            describe_deployment(found.deployment),
-            *([describe_fallback(found.fallback, found.deployment)] if found.fallback else []),
+            describe_deployment(quantization.deployment),
+            *([describe_fallback(quantization.fallback, quantization.deployment)] if quantization.fallback else []),
         ]
         parts.append(markdown_bullets([f"{row.stage}: {line}" for line in lines]))
-        if table := layer_cells(found):
-            parts += [escape(f"{row.stage}, {shown_layers(found)}:"), markdown_table(table)]
+        if table := layer_cells(quantization):
+            parts += [escape(f"{row.stage}, {describe_layers(quantization)}:"), markdown_table(table)]
     return "\n\n".join(parts)
 
 

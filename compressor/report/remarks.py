@@ -37,16 +37,16 @@ def row_names(report: Report) -> tuple[str, ...]:
 
 def remarks(report: Report) -> tuple[str, ...]:
     """What each row was asked for, and one sentence for every way in which it is worse than the row before it."""
-    found: list[str] = []
+    sentences: list[str] = []
     for (before, old), (after, new) in pairwise(zip(report.rows, row_names(report), strict=True)):
-        found += _reached(after, new)
-        found += _larger(before, after, old, new)
-        found += _slower(before, after, old, new, report.latency_session)
-        found += _idle_zeros(before, after, old, new, report.latency_session)
-        found += _lost_zeros(before, after, old, new)
+        sentences += _achievements(after, new)
+        sentences += _larger(before, after, old, new)
+        sentences += _slower(before, after, old, new, report.latency_session)
+        sentences += _idle_zeros(before, after, old, new, report.latency_session)
+        sentences += _lost_zeros(before, after, old, new)
         for metric in report.metrics:
-            found += _worse(before, after, old, new, metric)
-    return tuple(found)
+            sentences += _worse(before, after, old, new, metric)
+    return tuple(sentences)
 
 
 def method(report: Report) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def conditions(session: LatencySession) -> str:
     )
 
 
-def _reached(after: Row, new: str) -> Iterator[str]:
+def _achievements(after: Row, new: str) -> Iterator[str]:
     for one in after.reached:
         asked, achieved = (
             f"{number:,.0f}" if number >= 1000 else f"{number:.3g}" for number in (one.asked, one.achieved)

@@ -21,21 +21,21 @@ def documents(curves: SensitivityCurves) -> dict[str, str]:
     return {"sensitivity.svg": to_svg(curves), "sensitivity.md": to_markdown(curves, picture="sensitivity.svg")}
 
 
-def to_table(found: SensitivityCurves) -> str:
+def to_table(curves: SensitivityCurves) -> str:
     """Heading and aligned table: one row per group, one column per ratio. No final newline."""
-    return f"{heading(found)}\n{align(_cells(found))}"
+    return f"{heading(curves)}\n{align(_cells(curves))}"
 
 
-def to_markdown(found: SensitivityCurves, *, picture: str) -> str:
+def to_markdown(curves: SensitivityCurves, *, picture: str) -> str:
     """The table with how it was measured; `picture` is the name of the file that `to_svg` was written to."""
-    criterion = escape(found.criterion)
+    criterion = escape(curves.criterion)
     return (
         "\n\n".join(
             [
                 "# Sensitivity",
-                escape(heading(found)),
-                markdown_table(_cells(found)),
-                f"![{escape(heading(found))}]({picture})",
+                escape(heading(curves)),
+                markdown_table(_cells(curves)),
+                f"![{escape(heading(curves))}]({picture})",
                 f"Each value is of a model that lost channels of this one group, those with the smallest {criterion} "
                 "scores, and was not trained again.",
             ]
@@ -44,62 +44,63 @@ def to_markdown(found: SensitivityCurves, *, picture: str) -> str:
     )
 
 
-def heading(found: SensitivityCurves) -> str:
+def heading(curves: SensitivityCurves) -> str:
     """What the numbers are, in one line."""
-    unit = f" in {printable(found.metric.unit)}" if found.metric.unit else ""
+    unit = f" in {printable(curves.metric.unit)}" if curves.metric.unit else ""
     return (
-        f"{printable(found.metric.name)}{unit} on {found.samples:,} samples of the validation split, by the share of "
-        f"one group's channels that was cut; {value(found.metric, found.value)} uncut"
+        f"{printable(curves.metric.name)}{unit} on {curves.samples:,} samples of the validation split, by the share of "
+        f"one group's channels that was cut; {value(curves.metric, curves.value)} uncut"
     )
 
 
-def to_svg(found: SensitivityCurves) -> str:
+def to_svg(curves: SensitivityCurves) -> str:
     """A heat map, groups by ratios, with the value in each cell: the larger the fall, the darker."""
-    labels = {path: _shorten(printable(path)) for path in found.groups}
+    labels = {path: _shorten(printable(path)) for path in curves.groups}
     left = _MARGIN + _CHARACTER * max(map(len, labels.values())) + _MARGIN
-    columns = [left + _CELL * position for position in range(len(found.ratios) + 1)]
-    width = max(columns[-1] + _CELL + _MARGIN, 2 * _MARGIN + _CHARACTER * len(heading(found)))
+    columns = [left + _CELL * position for position in range(len(curves.ratios) + 1)]
+    width = max(columns[-1] + _CELL + _MARGIN, 2 * _MARGIN + _CHARACTER * len(heading(curves)))
     height = _HEAD + _ROW * len(labels) + _MARGIN
-    worst = max(0.0, *(fall for path in found.groups for fall in found.falls(path)))
+    worst = max(0.0, *(fall for path in curves.groups for fall in curves.falls(path)))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="title description" width="{width}" '
         f'height="{height}" viewBox="0 0 {width} {height}" font-family="ui-monospace, monospace" font-size="11">',
         f'<title id="title">{to_xml(f"Sensitivity of {len(labels)} groups")}</title>',
-        f'<desc id="description">{to_xml(heading(found))}</desc>',
+        f'<desc id="description">{to_xml(heading(curves))}</desc>',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(_MARGIN, 22, heading(found)),
-        _text(_MARGIN, 40, f"white: no fall; darkest: {change(found.metric, found.value, _fallen(found, worst))}"),
+        _text(_MARGIN, 22, heading(curves)),
+        _text(_MARGIN, 40, f"white: no fall; darkest: {change(curves.metric, curves.value, _fallen(curves, worst))}"),
         _text(_MARGIN, _HEAD - 8, "group"),
         *(
             _text(x + _CELL / 2, _HEAD - 8, text, anchor="middle")
-            for x, text in zip(columns, ["channels", *map(_share, found.ratios)], strict=True)
+            for x, text in zip(columns, ["channels", *map(_share, curves.ratios)], strict=True)
         ),
     ]
-    for row, (path, curve) in enumerate(found.groups.items()):
+    for row, (path, curve) in enumerate(curves.groups.items()):
         y = _HEAD + _ROW * row
         parts += [
             _text(_MARGIN, y + 14, labels[path]),
             _text(left + _CELL / 2, y + 14, f"{curve.channels:,}", "middle"),
         ]
-        parts += _row(found, path, columns[1:], y=y, worst=worst)
+        parts += _row(curves, path, columns[1:], y=y, worst=worst)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _row(found: SensitivityCurves, path: str, columns: Sequence[int], *, y: int, worst: float) -> list[str]:
+def _row(curves: SensitivityCurves, path: str, columns: Sequence[int], *, y: int, worst: float) -> list[str]:
     """The cells of one group at the height `y`; `worst` is the largest fall of all."""
     parts = []
-    for x, ratio, number, fall in zip(columns, found.ratios, found.groups[path].values, found.falls(path), strict=True):
+    values, falls = curves.groups[path].values, curves.falls(path)
+    for x, ratio, number, fall in zip(columns, curves.ratios, values, falls, strict=True):
         # the root, as the small falls are the ones to choose among
         depth = sqrt(max(0.0, fall) / worst) if worst else 0.0
         color = "#" + "".join(f"{round(255 + depth * (full - 255)):02x}" for full in _DARKEST)
         told = (
-            f"{printable(path)} without {_share(ratio)} of its channels: {value(found.metric, number)} "
-            f"({change(found.metric, found.value, number)})"
+            f"{printable(path)} without {_share(ratio)} of its channels: {value(curves.metric, number)} "
+            f"({change(curves.metric, curves.value, number)})"
         )
         parts += [
             f"<g><title>{to_xml(told)}</title>",
             f'<rect x="{x}" y="{y}" width="{_CELL - 1}" height="{_ROW - 1}" fill="{color}"/>',
-            _text(x + _CELL / 2, y + 14, _number(found, number), "middle", "#ffffff" if depth > 0.7 else "#000000"),
+            _text(x + _CELL / 2, y + 14, _number(curves, number), "middle", "#ffffff" if depth > 0.7 else "#000000"),
             "</g>",
         ]
     return parts
@@ -109,19 +110,19 @@ def _text(x: float, y: float, content: str, anchor: str = "start", color: str = 
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{color}">{to_xml(content)}</text>'
 
 
-def _cells(found: SensitivityCurves) -> list[list[str]]:
+def _cells(curves: SensitivityCurves) -> list[list[str]]:
     """The texts of the table, headings first."""
-    head = ["group", "channels", *map(_share, found.ratios)]
+    head = ["group", "channels", *map(_share, curves.ratios)]
     body = [
-        [printable(path), f"{curve.channels:,}", *(_number(found, number) for number in curve.values)]
-        for path, curve in found.groups.items()
+        [printable(path), f"{curve.channels:,}", *(_number(curves, number) for number in curve.values)]
+        for path, curve in curves.groups.items()
     ]
     return [head, *body]
 
 
-def _number(found: SensitivityCurves, number: float) -> str:
+def _number(curves: SensitivityCurves, number: float) -> str:
     """A value without its unit, short enough for a cell."""
-    return f"{100 * number:.1f}" if found.metric.unit == "%" else f"{number:.3g}"
+    return f"{100 * number:.1f}" if curves.metric.unit == "%" else f"{number:.3g}"
 
 
 def _share(ratio: float) -> str:
@@ -132,5 +133,5 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
 
 
-def _fallen(found: SensitivityCurves, fall: float) -> float:
-    return found.value - fall if found.metric.higher_is_better else found.value + fall
+def _fallen(curves: SensitivityCurves, fall: float) -> float:
+    return curves.value - fall if curves.metric.higher_is_better else curves.value + fall

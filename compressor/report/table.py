@@ -23,17 +23,17 @@ def cells(report: Report) -> list[list[str]]:
 
 
 def _row_cells(row: Row, report: Report) -> list[str]:
-    found, baseline = row.measurement, report.rows[0]
+    measurement, baseline = row.measurement, report.rows[0]
     texts = [
         printable(row.stage),
-        size(found.size_bytes),
-        size(found.transfer_bytes),
-        f"{found.parameters:,}",
+        size(measurement.size_bytes),
+        size(measurement.transfer_bytes),
+        f"{measurement.parameters:,}",
         "not measured" if row.latency is None else speed(row.latency),
     ]
     if row is baseline and row.latency is not None:
         texts[-1] = milliseconds(row.latency.p50_ms)
     for metric in report.metrics:
-        before, after = baseline.measurement.metrics[metric.name], found.metrics[metric.name]
+        before, after = baseline.measurement.metrics[metric.name], measurement.metrics[metric.name]
         texts += [value(metric, after), "" if row is baseline else change(metric, before, after)]
     return texts

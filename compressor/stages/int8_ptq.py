@@ -19,7 +19,7 @@ from compressor.quantization.preparation import choose_samples, prepare_plan
 from compressor.quantization.ranges import RangeMethod
 from compressor.quantization.recipe import Recipe, Rounding, int8_model
 from compressor.quantization.selection import select_layers
-from compressor.quantization.speed import fastest, islands
+from compressor.quantization.speed import choose_fastest, islands
 from compressor.quantization.targets import TARGETS, TargetName
 from compressor.records.int8 import Quantization
 from compressor.report.int8_summary import describe_deployment, describe_fallback
@@ -80,7 +80,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
         """Plan what becomes int8 and find the layers to keep in float."""
         calibration_samples(task.calibration, self.calibration_samples)
         graph = fold_batch_norms(float_graph(model.module, task))
-        prepare_plan(graph, lambda _line: None, keep_float=self._kept(graph))
+        prepare_plan(graph, lambda _line: None, keep_float=self._select_floats(graph))
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
         """Return the int8 model in ONNX; `log` is told how far its outputs are from the float model's.
@@ -92,7 +92,7 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
         samples = choose_samples(task.calibration, self.calibration_samples, context.log)
         float_model = fold_batch_norms(float_graph(model.module, task))
         graph = equalize(float_model) if self.equalization else float_model
-        kept, stored = self._in_float(graph, task, context)
+        kept, stored = self._choose_floats(graph, task, context)
         recipe = Recipe(self.target, self.ranges, self.rounding, self.bias_correction, context.seed)
 
         def quantize(keep_float: Collection[str], compute_float: Collection[str]) -> Int8Model:
@@ -106,16 +106,16 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
                 compute_float={*stored, *compute_float} - floats,
             )
 
-        return self._deployed(quantize, model, task, context)
+        return self._deploy(quantize, model, task, context)
 
-    def _kept(self, graph: GraphModule) -> tuple[str, ...]:
+    def _select_floats(self, graph: GraphModule) -> tuple[str, ...]:
         return () if self.keep_float == "auto" else select_layers(plan_int8(graph)[1].layers, self.keep_float)
 
-    def _in_float(
+    def _choose_floats(
         self, graph: GraphModule, task: Task, context: StageContext
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Layers that stay as they are, and those of which the weights alone become int8."""
-        kept = self._kept(graph)
+        kept = self._select_floats(graph)
         between = islands(*prepare_plan(graph, context.log, keep_float=kept))
         if between:
             context.log(f"computes in float between int8 layers: {list_names(between)}")
@@ -123,22 +123,22 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
             return kept, ()
         limit = TARGETS[self.target].weight_limit
         decides = processes(context.device).is_main_process
-        choice = broadcast(fastest(graph, task, weight_limit=limit) if decides else None)
+        choice = broadcast(choose_fastest(graph, task, weight_limit=limit) if decides else None)
         context.log(str(choice))
         return (), choice.floats
 
-    def _deployed(self, quantize: Quantize, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
+    def _deploy(self, quantize: Quantize, model: TorchModel, task: Task, context: StageContext) -> OnnxModel:
         """Write the model, compare it with the float one, and put layers back if it is not good enough."""
         int8 = quantize((), ())
         rows = evenly_spaced(task.validation, self.validation_samples)
-        found = Candidate(int8, *deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows))
-        context.log(describe_deployment(found.found))
-        fell = self.max_drop is not None and not at_most(found.found.drop, self.max_drop)
+        candidate = Candidate(int8, *deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows))
+        context.log(describe_deployment(candidate.deployment))
+        fell = self.max_drop is not None and not at_most(candidate.deployment.drop, self.max_drop)
         layers, layer_samples = analyse(int8, task) if self.analysis or fell else ((), 0)
         fallback = None
         if self.max_drop is not None and fell:
-            found, fallback = put_back(
-                found,
+            candidate, fallback = put_back(
+                candidate,
                 layers,
                 Limits(self.max_drop, self.max_minutes),
                 quantize=quantize,
@@ -148,9 +148,9 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
                 work_dir=context.work_dir,
                 log=context.log,
             )
-            context.log(describe_fallback(fallback, found.found))
-            context.log(describe_deployment(found.found))
+            context.log(describe_fallback(fallback, candidate.deployment))
+            context.log(describe_deployment(candidate.deployment))
         context.report(
-            Quantization(deployment=found.found, layers=layers, layer_samples=layer_samples, fallback=fallback)
+            Quantization(deployment=candidate.deployment, layers=layers, layer_samples=layer_samples, fallback=fallback)
         )
-        return found.onnx
+        return candidate.onnx

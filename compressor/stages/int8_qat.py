@@ -83,17 +83,17 @@ class Int8Qat(DistillationFields, Stage[TorchModel, OnnxModel]):
         samples = choose_samples(task.calibration, self.calibration_samples, context.log)
         graph, plan = prepare_plan(float_graph(model.module, task), context.log)
         ranges = broadcast(calibrate(graph, plan, task.calibration, samples, self.ranges) if decides else None)
-        graph, ranges = self._trained(graph, plan, ranges, model=model, task=task, context=context)
+        graph, ranges = self._train(graph, plan, ranges, model=model, task=task, context=context)
         graph, plan = prepare_plan(fold_batch_norms(graph), lambda _line: None)
         affines = affine_of(plan, ranges)
         weights = round_weights(graph, plan, affines, TARGETS[self.target].weight_limit)
         int8, rows = Int8Model(graph, plan, affines, weights), evenly_spaced(task.validation, self.validation_samples)
-        exported, found = deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows)
-        context.log(describe_deployment(found))
-        context.report(Quantization(deployment=found))
+        exported, deployment = deploy(int8, model.predict, task, context.work_dir / "model.onnx", rows)
+        context.log(describe_deployment(deployment))
+        context.report(Quantization(deployment=deployment))
         return exported
 
-    def _trained(
+    def _train(
         self,
         graph: GraphModule,
         plan: Plan,

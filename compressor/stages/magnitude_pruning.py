@@ -169,6 +169,6 @@ def _describe(module: nn.Module, pruned: Pruned) -> str:
     had = sum(had for _, had in pruned.channels.values())
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (module, pruned.module)]
     return (
-        f"removed {pruned.removed} of {had} channels ({pruned.pruning_ratio:.0%}) in groups: {len(pruned.channels)}; "
-        f"parameters {sizes[0]} -> {sizes[1]}"
+        f"removed {pruned.channels_removed} of {had} channels ({pruned.pruning_ratio:.0%}) in groups: "
+        f"{len(pruned.channels)}; parameters {sizes[0]} -> {sizes[1]}"
     )

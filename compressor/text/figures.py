@@ -58,11 +58,11 @@ def share(part: float) -> str:
     return f"{_percentage(part)} %"
 
 
-def value(metric: MetricInfo, found: float) -> str:
+def value(metric: MetricInfo, number: float) -> str:
     """The value of a metric with its unit; shares as percentages."""
     if metric.unit == "%":
-        return share(found)
-    return f"{found:.4g} {printable(metric.unit)}".rstrip()
+        return share(number)
+    return f"{number:.4g} {printable(metric.unit)}".rstrip()
 
 
 def change(metric: MetricInfo, before: float, after: float) -> str:
@@ -88,12 +88,12 @@ def facts(environment: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {_fact(found)}" for name, found in environment.items()]
 
 
-def _fact(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return ", ".join(f"{name} {_fact(part)}" for name, part in found.items())
-    if isinstance(found, list | tuple):
-        return ", ".join(map(_fact, found))
-    return "unknown" if found is None else str(found)
+def _fact(fact: Any) -> str:
+    if isinstance(fact, Mapping):
+        return ", ".join(f"{name} {_fact(part)}" for name, part in fact.items())
+    if isinstance(fact, list | tuple):
+        return ", ".join(map(_fact, fact))
+    return "unknown" if fact is None else str(fact)
 
 
 def factor(ratio: float) -> str:

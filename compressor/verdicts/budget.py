@@ -131,31 +131,31 @@ def _growth(metric: str, allowed: MaxGrowth, was: int, now: int) -> Verdict:
     return Limit(metric, "<=", bound, "bytes", allowed.level).judge(now, f"{was} before")
 
 
-def _slowdown(allowed: MaxSlowdown, found: _Timings | str) -> Verdict:
-    if isinstance(found, str):
+def _slowdown(allowed: MaxSlowdown, timings: _Timings | str) -> Verdict:
+    if isinstance(timings, str):
         wanted = f"at most {percent(allowed.max_decrease)} below the earlier"
-        return undecidable("latency_ratio", wanted, found, level=allowed.level)
-    was, now = found.was.interval, found.now.interval
+        return undecidable("latency_ratio", wanted, timings, level=allowed.level)
+    was, now = timings.was.interval, timings.now.interval
     limit = Limit("latency_ratio", ">=", was.value * (1 - allowed.max_decrease), "percent", allowed.level)
-    return limit.judge_timing(now, found.noise, was)
+    return limit.judge_timing(now, timings.noise, was)
 
 
-def _delay(allowed: MaxDelay, found: _Timings | str) -> Verdict:
-    if isinstance(found, str):
+def _delay(allowed: MaxDelay, timings: _Timings | str) -> Verdict:
+    if isinstance(timings, str):
         wanted = f"at most {percent(allowed.max_increase)} above the earlier"
-        return undecidable("latency_ms", wanted, found, level=allowed.level)
-    was, now = found.was.p50_ms, found.now.p50_ms
+        return undecidable("latency_ms", wanted, timings, level=allowed.level)
+    was, now = timings.was.p50_ms, timings.now.p50_ms
     limit = Limit("latency_ms", "<=", was * (1 + allowed.max_increase), "percent", allowed.level)
     # no one knows how much of a drift the delivered model shares
-    low, high = sorted((now, now / found.drift))
-    return limit.judge_timing(Interval(now, low, high), found.noise, Interval(was, was, was))
+    low, high = sorted((now, now / timings.drift))
+    return limit.judge_timing(Interval(now, low, high), timings.noise, Interval(was, was, was))
 
 
-def _worsening(metric: str, allowed: MaxWorsening, found: _Pair, *, higher_is_better: bool = True) -> Verdict:
-    if isinstance(found, str):
+def _worsening(metric: str, allowed: MaxWorsening, pair: _Pair, *, higher_is_better: bool = True) -> Verdict:
+    if isinstance(pair, str):
         wanted = f"at most {allowed.max_drop:g} worse than the earlier"
-        return undecidable(metric, wanted, found, level=allowed.level)
-    was, now = found
+        return undecidable(metric, wanted, pair, level=allowed.level)
+    was, now = pair
     if higher_is_better:
         limit = Limit(metric, ">=", was - allowed.max_drop, "unit", allowed.level)
     else:
@@ -186,7 +186,7 @@ def _timings(report: Report, earlier: Report) -> _Timings | str:
 
 
 def _differing_baselines(was: Measurement, now: Measurement) -> str:
-    """Why speeds over the float baselines cannot be compared, as far as a report knows; empty if they can."""
+    """Say why speeds beside the two float baselines cannot be compared, as far as a report knows; empty if they can."""
     if (was.parameters, was.macs) == (now.parameters, now.macs):
         return ""
     return (
@@ -216,13 +216,16 @@ def _values(metric: str, report: Report, earlier: Report) -> _Pair:
 
 
 def _differing_samples(report: Report, earlier: Report) -> str:
-    """Why accuracies cannot be compared, as far as a report knows; empty if they can."""
+    """Say why accuracies cannot be compared, as far as a report knows; empty if they can."""
     was, now = (found.rows[-1].measurement.samples for found in (earlier, report))
     return "" if was == now else f"the test split had {was:,} samples and has {now:,}"
 
 
 def _differing_machines(report: Report, earlier: Report) -> str:
-    """Why times cannot be compared; empty if they can. A fact that is not known is not the same."""
+    """Say why times of the two machines cannot be compared; empty if they can.
+
+    Two machines are the same if all facts of `_MACHINE` are known and equal.
+    """
     was, now = (_machine(found.environment) for found in (earlier, report))
     apart = [
         f"{name} was {was[name]!r} and is {now[name]!r}" for name in was if was[name] is None or was[name] != now[name]

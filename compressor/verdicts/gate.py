@@ -100,10 +100,10 @@ def judge(gate: Gate, report: Report) -> tuple[Verdict, ...]:
 
 def exit_code(verdicts: Sequence[Verdict]) -> Literal[0, 3, 4]:
     """0 if every limit is met, 3 if one is unmet, else 4 if one is undecidable; those of level `warn` do not count."""
-    found = {verdict.status for verdict in verdicts if verdict.level == "error"}
-    if "unmet" in found:
+    statuses = {verdict.status for verdict in verdicts if verdict.level == "error"}
+    if "unmet" in statuses:
         return 3
-    return 4 if "undecidable" in found else 0
+    return 4 if "undecidable" in statuses else 0
 
 
 def sentence(verdict: Verdict) -> str:

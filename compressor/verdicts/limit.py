@@ -10,7 +10,7 @@ from compressor.records.report import Level, Verdict
 from compressor.text.figures import factor
 
 _BIAS_TOLERANCE = 0.02
-"""How far the baseline timed against itself may surely lie from 1 before the session proves nothing."""
+"""How far from 1 the whole interval of the baseline against itself may lie; beyond, the session proves nothing."""
 
 _CALMER = "time longer, or on a machine with less other work"
 
@@ -27,21 +27,21 @@ class Limit:
     """What a miss is told in: bytes, percent of the bound, or the metric's own unit."""
     level: Level = "error"
 
-    def judge(self, found: float, context: str = "") -> Verdict:
-        """Whether `found`, which is known exactly, keeps the limit; `context` stands behind it in the message."""
-        if at_most(found, self.bound) if self.sign == "<=" else at_most(self.bound, found):
-            return self._verdict("met", f"{self.metric} is {self._shown(found)}{_aside(context)}")
-        return self._unmet(found, f"{self._shown(found, self._written)}{_aside(context)}")
+    def judge(self, value: float, context: str = "") -> Verdict:
+        """Whether `value`, which is known exactly, keeps the limit; `context` stands behind it in the message."""
+        if at_most(value, self.bound) if self.sign == "<=" else at_most(self.bound, value):
+            return self._verdict("met", f"{self.metric} is {self._write_value(value)}{_aside(context)}")
+        return self._unmet(value, f"{self._write_value(value, self._bound_text)}{_aside(context)}")
 
-    def judge_timing(self, found: Interval, noise: Sequence[Latency], before: Interval | None = None) -> Verdict:
-        """Whether `found` keeps the limit, decided by its whole interval; bound and `found` are > 0.
+    def judge_timing(self, interval: Interval, noise: Sequence[Latency], before: Interval | None = None) -> Verdict:
+        """Whether `interval` keeps the limit, decided by its whole interval; bound and `interval` are > 0.
 
-        `noise` has the baseline against itself in each session that counts. `before` is the measured number that the
-        bound is a share of: how uncertain it is counts like the uncertainty of `found`.
+        `noise` has the baseline against itself, for each session that counts. `before` is the measured number of which
+        the bound is a share: its uncertainty adds to that of `interval`.
         """
         context = "" if before is None else _aside(f"{_interval(before)} before")
-        shown = f"{_interval(found, self._written)}{context}"
-        sides = [math.log(end / self.bound) * (1 if self.sign == ">=" else -1) for end in _ends(found, before)]
+        shown = f"{_interval(interval, self._bound_text)}{context}"
+        sides = [math.log(end / self.bound) * (1 if self.sign == ">=" else -1) for end in _ends(interval, before)]
         worst, best = sorted(sides)  # > 0 where the limit is kept
         if max(map(_bias, noise)) > math.log1p(_BIAS_TOLERANCE):
             reason = f", but {_self_comparison(noise)}: the timing is not to be trusted; {_CALMER}"
@@ -50,44 +50,44 @@ class Limit:
         elif sum(one.interval.distance for one in noise) > (worst if worst >= 0 else -best):
             reason = f", but {_self_comparison(noise)}: the limit is within the noise; {_CALMER}"
         elif worst >= 0:
-            return self._verdict("met", f"{self.metric} is {_interval(found)}{context}")
+            return self._verdict("met", f"{self.metric} is {_interval(interval)}{context}")
         else:
-            return self._unmet(found.value, shown)
-        return self._verdict("undecidable", f"{self.metric} must be {self._wanted}, got {shown}{reason}")
+            return self._unmet(interval.value, shown)
+        return self._verdict("undecidable", f"{self.metric} must be {self._rule}, got {shown}{reason}")
 
     def undecidable(self, reason: str) -> Verdict:
         """The verdict where there is nothing to compare with the limit, because of `reason`."""
-        return undecidable(self.metric, self._wanted, reason, level=self.level)
+        return undecidable(self.metric, self._rule, reason, level=self.level)
 
     @property
-    def _written(self) -> str:
+    def _bound_text(self) -> str:
         return _exactly(self.bound)
 
     @property
-    def _wanted(self) -> str:
-        return f"{self.sign} {self._written}"
+    def _rule(self) -> str:
+        return f"{self.sign} {self._bound_text}"
 
-    def _shown(self, found: float, apart_from: str = "") -> str:
+    def _write_value(self, value: float, apart_from: str = "") -> str:
         if self.miss == "percent":
-            return _ratio(found, apart_from)
-        return _figure(found, apart_from, digits=4)  # a tenth of a point of accuracy counts
+            return _ratio(value, apart_from)
+        return _figure(value, apart_from, digits=4)  # a tenth of a point of accuracy counts
 
-    def _unmet(self, found: float, shown: str) -> Verdict:
-        beyond = abs(found - self.bound)
+    def _unmet(self, value: float, shown: str) -> Verdict:
+        beyond = abs(value - self.bound)
         if self.miss == "bytes":
             miss = f"{beyond:.0f} bytes ({percent(beyond / self.bound)}) too many"
         else:
             amount = percent(beyond / self.bound) if self.miss == "percent" else _figure(beyond)
             miss = f"{amount} {'short' if self.sign == '>=' else 'too much'}"
-        return self._verdict("unmet", f"{self.metric} must be {self._wanted}, got {shown}: {miss}")
+        return self._verdict("unmet", f"{self.metric} must be {self._rule}, got {shown}: {miss}")
 
     def _verdict(self, status: Literal["met", "unmet", "undecidable"], message: str) -> Verdict:
-        return Verdict(metric=self.metric, limit=self._wanted, status=status, message=message, level=self.level)
+        return Verdict(metric=self.metric, limit=self._rule, status=status, message=message, level=self.level)
 
 
-def at_most(found: float, bound: float) -> bool:
-    """Whether `found` <= `bound`, or is above by a rounding: 0.99 - 0.98 is a little more than 0.01 in binary."""
-    return found <= bound or math.isclose(found, bound, rel_tol=0, abs_tol=1e-12)
+def at_most(number: float, bound: float) -> bool:
+    """Whether `number` <= `bound`, or is above by a rounding: 0.99 - 0.98 is a little more than 0.01 in binary."""
+    return number <= bound or math.isclose(number, bound, rel_tol=0, abs_tol=1e-12)
 
 
 def undecidable(metric: str, wanted: str, reason: str, *, level: Level = "error") -> Verdict:
@@ -96,26 +96,26 @@ def undecidable(metric: str, wanted: str, reason: str, *, level: Level = "error"
     return Verdict(metric=metric, limit=wanted, status="undecidable", message=message, level=level)
 
 
-def _ends(found: Interval, before: Interval | None) -> tuple[float, float]:
-    """How low and how high `found` may lie, beside a `before` that is known exactly."""
+def _ends(interval: Interval, before: Interval | None) -> tuple[float, float]:
+    """The ends of `interval`, moved apart by what is uncertain in `before`."""
     if before is None:
-        return found.low, found.high
-    return found.low * before.value / before.high, found.high * before.value / before.low
+        return interval.low, interval.high
+    return interval.low * before.value / before.high, interval.high * before.value / before.low
 
 
 def _bias(noise: Latency) -> float:
-    """How far from 1 noise surely moved a ratio, as a natural logarithm; 0 if the interval holds 1."""
+    """How far the whole interval lies from 1, as a natural logarithm; 0 if it holds 1."""
     return max(0.0, math.log(noise.ratio_low), -math.log(noise.ratio_high))
 
 
 def _self_comparison(noise: Sequence[Latency]) -> str:
-    found = [_interval(one.interval) for one in noise]
-    return f"the baseline against itself gave {' and, before, '.join(found)}"
+    intervals = [_interval(one.interval) for one in noise]
+    return f"the baseline against itself gave {' and, before, '.join(intervals)}"
 
 
-def _interval(found: Interval, apart_from: str = "") -> str:
-    value, low, high = (_ratio(one, apart_from) for one in (found.value, found.low, found.high))
-    return value if found.low == found.high else f"{value} [{low}, {high}]"
+def _interval(interval: Interval, apart_from: str = "") -> str:
+    value, low, high = (_ratio(one, apart_from) for one in (interval.value, interval.low, interval.high))
+    return value if interval.low == interval.high else f"{value} [{low}, {high}]"
 
 
 def _aside(text: str) -> str:

@@ -69,7 +69,7 @@ def test_a_replaced_value_changes_no_other_use_of_its_alias():
 
     assert node is not None
     assert new is not None
-    assert node.replaced(("c", "b"), new).plain() == {"a": {"b": 1}, "c": {"b": 2}}
+    assert node.replace_at(("c", "b"), new).plain() == {"a": {"b": 1}, "c": {"b": 2}}
 
 
 def test_all_that_is_not_plain_data_is_told_at_once():

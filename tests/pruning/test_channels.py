@@ -64,7 +64,7 @@ def test_channels_of_units_with_several_are_counted(digits_task):
     groups = prunable_groups(module, digits_task.example_inputs)
     found = prune_channels(module, digits_task.example_inputs, groups, {"0": (1,), "1": (0, 2)})
     assert found.channels == {"0": (6, 8), "1": (4, 8)}
-    assert (found.removed, found.pruning_ratio) == (6, 6 / 16)
+    assert (found.channels_removed, found.pruning_ratio) == (6, 6 / 16)
 
 
 def test_channels_of_smallest_magnitude_are_the_ones_removed(digits_task):

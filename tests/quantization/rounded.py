@@ -13,12 +13,12 @@ from compressor.quantization.codes import Affine, WeightCodes
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_plan import Plan, plan_int8
-from compressor.quantization.layerwise import Layer, Refine, refined
+from compressor.quantization.layerwise import Layer, Refine, refine_layers
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """What `refined` takes, and what it gave: the float graph, its plan, ranges, codes and samples."""
+    """What `refine_layers` takes, and what it gave: the float graph, its plan, ranges, codes and samples."""
 
     graph: GraphModule
     plan: Plan
@@ -27,7 +27,7 @@ class Rounded:
     images: Tensor
 
     def refined(self, *refinements: Refine) -> "Rounded":
-        graph, weights = refined(
+        graph, weights = refine_layers(
             self.graph, self.plan, self.affines, self.weights, (self.images,), refinements=refinements
         )
         return Rounded(graph, self.plan, self.affines, weights, self.images)

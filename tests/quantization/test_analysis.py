@@ -14,8 +14,7 @@ from compressor.quantization.conversion import affine_of, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_model import Int8Model
 from compressor.quantization.int8_plan import plan_int8
-from compressor.records.int8 import LayerNoise
-from compressor.report.int8_summary import worst_first
+from compressor.records.int8 import LayerNoise, worst_first
 from compressor.task import accuracy, evaluate
 
 
@@ -79,7 +78,7 @@ def test_noise_of_the_last_layer_is_that_of_the_whole_model(
     int8, found = even
     x = digits_task.validation.inputs
     with torch.no_grad():
-        assert found["fc2"].sqnr_db == pytest.approx(sqnr(int8.simulated(*x), plain.predict(x)), abs=1e-3)
+        assert found["fc2"].sqnr_db == pytest.approx(sqnr(int8.int8_graph(*x), plain.predict(x)), abs=1e-3)
 
 
 def test_histogram_counts_every_value_of_the_float_activation(

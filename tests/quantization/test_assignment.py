@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from compressor.quantization.assignment import Handover, Times, cheapest, total_time
+from compressor.quantization.assignment import Handover, Times, find_cheapest, total_time
 
 
 def chain(*times: Times, conversion: float) -> tuple[dict[str, Times], list[Handover]]:
@@ -36,7 +36,7 @@ def test_no_other_assignment_is_cheaper(seed: int) -> None:
     every = itertools.chain.from_iterable(itertools.combinations(layers, count) for count in range(len(layers) + 1))
     least = min(total_time(layers, handovers, floats) for floats in every)
     # the flow and the total add the same numbers in other orders
-    assert total_time(layers, handovers, cheapest(layers, handovers)) == pytest.approx(least, rel=1e-9)
+    assert total_time(layers, handovers, find_cheapest(layers, handovers)) == pytest.approx(least, rel=1e-9)
 
 
 def test_total_counts_one_conversion_for_all_who_read_a_tensor() -> None:
@@ -48,31 +48,31 @@ def test_total_counts_one_conversion_for_all_who_read_a_tensor() -> None:
     assert total_time(layers, handovers, "abc") == 2 + 2 + 2
 
 
-def test_layer_that_gains_less_than_conversions_cost_computes_in_float() -> None:
+def test_layer_that_gains_less_than_conversions_cost_computes_choose_floats() -> None:
     layers, handovers = chain(Times(9.0, 1.0), Times(1.0, 2.0), Times(9.0, 1.0), conversion=0.6)
-    assert cheapest(layers, handovers) == {"a", "b", "c"}
+    assert find_cheapest(layers, handovers) == {"a", "b", "c"}
 
 
 def test_layer_that_gains_more_than_conversions_cost_computes_in_int8() -> None:
     layers, handovers = chain(Times(9.0, 1.0), Times(1.0, 2.3), Times(9.0, 1.0), conversion=0.6)
-    assert cheapest(layers, handovers) == {"a", "c"}
+    assert find_cheapest(layers, handovers) == {"a", "c"}
 
 
 def test_slow_layer_amid_fast_ones_computes_in_int8_to_save_conversions() -> None:
     layers, handovers = chain(Times(1.0, 5.0), Times(2.0, 1.0), Times(1.0, 5.0), conversion=0.6)
-    assert cheapest(layers, handovers) == frozenset()
+    assert find_cheapest(layers, handovers) == frozenset()
 
 
 def test_float_wins_a_tie() -> None:
     layers, handovers = chain(Times(1.0, 1.0), Times(2.0, 2.0), conversion=0.0)
-    assert cheapest(layers, handovers) == {"a", "b"}
+    assert find_cheapest(layers, handovers) == {"a", "b"}
 
 
 def test_many_layers_are_divided_in_no_time() -> None:
     generator = random.Random(0)
     layers = {str(index): Times(generator.uniform(0, 10), generator.uniform(0, 10)) for index in range(500)}
     handovers = [Handover(str(i), frozenset({str(i + 1), str(min(i + 3, 499))}), False, 1.0) for i in range(499)]
-    floats = cheapest(layers, handovers)
+    floats = find_cheapest(layers, handovers)
     assert total_time(layers, handovers, floats) < min(
         total_time(layers, handovers, ()), total_time(layers, handovers, layers)
     )

@@ -34,8 +34,9 @@ def said_by(stage: Int8Ptq, module: nn.Module, task: Task, directory: Path) -> l
 
 def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Plan], digits_task: Task) -> None:
     graph, plan = planned
-    batches = list(observe(graph, plan.ranged, digits_task.calibration, range(256)))
-    values: dict[str, Tensor] = {name: torch.cat([batch[name].flatten() for batch in batches]) for name in plan.ranged}
+    names = plan.tensors_with_range
+    batches = list(observe(graph, names, digits_task.calibration, range(256)))
+    values: dict[str, Tensor] = {name: torch.cat([batch[name].flatten() for batch in batches]) for name in names}
     assert calibrate(graph, plan, digits_task.calibration, range(256), "minmax") == {
         name: (min(float(seen.min()), 0.0), max(float(seen.max()), 0.0)) for name, seen in values.items()
     }

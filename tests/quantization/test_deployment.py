@@ -47,7 +47,7 @@ def test_file_gives_what_pytorch_gives_and_each_has_its_metric(
     int8 = int8_of(plain.module, digits_task)
     deployed, found = deploy(int8, plain.predict, digits_task, tmp_path / "model.onnx", range(180))
     x = digits_task.validation.inputs
-    ours, theirs = int8.simulated(*x), deployed.predict(x)
+    ours, theirs = int8.int8_graph(*x), deployed.predict(x)
     # with biases rounded as ONNX Runtime rounds them, but for its sums of floats in another order
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (found.samples, found.agreement, found.departures) == (180, 1.0, 0.0)
@@ -65,7 +65,7 @@ def test_quantum_of_uint8_outputs_is_their_scale(digits_task: Task) -> None:
     int8 = int8_of(nn.Conv2d(1, 8, 3), digits_task)
     (unit,) = int8.plan.units
     assert unit.output is not None
-    quantum = output_quantum(int8.simulated, digits_task.validation.inputs)
+    quantum = output_quantum(int8.int8_graph, digits_task.validation.inputs)
     assert quantum == pytest.approx(int8.affines[unit.output].scale, rel=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_quantum_of_float_logits_is_that_of_the_last_codes_times_the_weights(dig
     scale = next(iter(int8.affines.values())).scale
     expected = scale * float(weight.square().sum(1).mean().sqrt())  # independent steps of one code
     # white pixels beside each other step down together, as codes at an end have one way only
-    assert output_quantum(int8.simulated, digits_task.validation.inputs) == pytest.approx(expected, rel=0.5)
+    assert output_quantum(int8.int8_graph, digits_task.validation.inputs) == pytest.approx(expected, rel=0.5)
 
 
 def test_random_layer_is_named_as_the_first_to_depart(digits_task: Task, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_another_class_among_equal_logits_is_no_departure(digits_task: Task, tmp
     with torch.no_grad():
         module[1].bias.copy_(torch.tensor([0.001, 0.0]))
     other = compare(
-        lambda x: module(*x).detach(), int8_of(module, digits_task).simulated, deployed, digits_task, range(64)
+        lambda x: module(*x).detach(), int8_of(module, digits_task).int8_graph, deployed, digits_task, range(64)
     )
     assert found.agreement == 1
     assert other.agreement == 0

@@ -145,7 +145,7 @@ def test_codes_of_weights_are_those_that_were_trained(trained: Trained) -> None:
 def test_folding_changes_the_name_of_no_tensor(trained: Trained) -> None:
     _, plan, _ = int8(trained)
     assert plan.activations == trained.plan.activations
-    assert trained.ranges.keys() == set(plan.ranged)
+    assert trained.ranges.keys() == set(plan.tensors_with_range)
 
 
 def test_every_parameter_learns_under_its_own_name(trained: Trained) -> None:

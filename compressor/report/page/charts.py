@@ -15,7 +15,7 @@ NARROWEST = 240
 _DIGIT, _LINE, _RAISED = 8, 16, 8
 """Pixels: the width of a digit, the height of a label, and how far above its point it stands."""
 _PADDING = 0.06
-"""What a scale is longer than its values at either end, as a share."""
+"""By how much a scale is longer than its values at either end, as a share."""
 _EXTREME = 1e150
 """Numbers larger than this, or closer to 0 than its inverse, are drawn as this: spans and ratios stay finite."""
 
@@ -70,7 +70,8 @@ class Scale:
 def spanning(values: Sequence[float], *, least: float | None = None, logarithmic: bool = False) -> Scale:
     """Fit a scale to `values`, at least one, with some room at its ends.
 
-    `least` is the least span of a linear one; unless given, four digits tell its ticks apart.
+    `least` is the least span of a linear scale. Unless given, the span is at least so long that four digits are enough
+    to tell ticks apart.
     """
     smallest = 1 / _EXTREME if logarithmic else -_EXTREME
     low, high = (min(max(value, smallest), _EXTREME) for value in (min(values), max(values)))
@@ -90,11 +91,12 @@ def spans_orders(values: Sequence[float], *, factor: float) -> bool:
 
 
 def front(values: Sequence[tuple[float, float, float]]) -> tuple[int, ...]:
-    """Indices of the Pareto front of `values`: the ends of an interval for x, and y, where more is better in both.
+    """Indices of the Pareto front of `values`, each (lower end of x, upper end of x, y); more is better in x and in y.
 
-    One beats another if its y is larger and its x not surely smaller, or its y as large and its x surely larger: surely
-    where their intervals do not meet. On the front is what none on the front beats. What is itself beaten counts for
-    nothing, as intervals may meet in a chain whose ends are far apart.
+    An x is surely larger than another if their intervals do not meet. A value beats another in two cases: its y is
+    larger and its x is not surely smaller; or its y is equal and its x is surely larger. The front holds the values
+    that no value on the front beats. A beaten value beats nothing: intervals may meet in a chain whose ends lie far
+    apart.
     """
 
     def is_beaten(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
@@ -110,7 +112,7 @@ def front(values: Sequence[tuple[float, float, float]]) -> tuple[int, ...]:
 
 
 def staircase(points: Sequence[Point]) -> tuple[Point, ...]:
-    """From point to point, left to right, first along y and then along x: what a front leaves below it."""
+    """The border of the area below a front: from point to point, left to right, first along y and then along x."""
     ordered = sorted(set(points))
     corners = pairwise(ordered)
     return (*ordered[:1], *(step for (x, _), after in corners for step in ((x, after[1]), after)))
@@ -127,7 +129,10 @@ class Label:
 
 
 def labels(points: Sequence[Point], numbers: Sequence[int], *, height: int) -> tuple[Label, ...]:
-    """Those `numbers` of `points`, counted from 1, above them; what would meet `height` pixels high shares a label."""
+    """Labels above `points`: of each the number, counted from 1, if it is among `numbers`.
+
+    Labels that would meet in a drawing `height` pixels high become one.
+    """
     groups = [[number] for number in numbers]
     placed = [_label(group, points) for group in groups]
     while meeting := _first_meeting(placed, height):

@@ -167,15 +167,15 @@ def _int8(report: Report) -> Iterator[Block]:
             yield from _int8_of(name, row.quantization)
 
 
-def _int8_of(name: str, found: Quantization) -> Iterator[Block]:
+def _int8_of(name: str, quantization: Quantization) -> Iterator[Block]:
     lines = [
-        describe_deployment(found.deployment),
-        *([describe_fallback(found.fallback, found.deployment)] if found.fallback else []),
+        describe_deployment(quantization.deployment),
+        *([describe_fallback(quantization.fallback, quantization.deployment)] if quantization.fallback else []),
     ]
     yield Bullets([f"{name}: {line}" for line in lines])
-    if found.layers:
-        yield int8_pictures.noise_picture(name, found)
-    if ranges := int8_pictures.range_pictures(found):
+    if quantization.layers:
+        yield int8_pictures.noise_picture(name, quantization)
+    if ranges := int8_pictures.range_pictures(quantization):
         yield Prose(
             "What each of these layers gives in the float model, within the range of its codes. Heights are square "
             "roots of shares, so that rare values are seen."
@@ -214,13 +214,15 @@ def _harmless(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def _typeset(found: Any) -> Any:
-    """Text for people: harmless, and numbers stay whole; HTML that the template made of texts is that already.
+def _typeset(output: Any) -> Any:
+    """Make text fit to read: without control characters, and without a line that ends within a number.
 
-    Words from right to left are isolated (UAX 9): what follows would else be ordered with them, and `98 % to 97 %` read
-    as 97 to 98.
+    HTML that the template made of such texts stays as it is.
+
+    Words that are written from right to left are isolated (UAX 9). Else what follows would be ordered with them, and
+    `98 % to 97 %` would read as 97 to 98.
     """
-    if isinstance(found, str) and not hasattr(found, "__html__"):
-        whole = _WITHIN_A_NUMBER.sub("\u00a0", _harmless(found))
+    if isinstance(output, str) and not hasattr(output, "__html__"):
+        whole = _WITHIN_A_NUMBER.sub("\u00a0", _harmless(output))
         return _FROM_RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", whole)
-    return found
+    return output

@@ -2,17 +2,17 @@
 
 import math
 
-from compressor.records.int8 import Distribution, Quantization
-from compressor.report.int8_summary import MOST_LAYERS, decibels, layer_cells, shown_layers, worst_first
+from compressor.records.int8 import Distribution, Quantization, worst_first
+from compressor.report.int8_summary import MOST_LAYERS, decibels, describe_layers, layer_cells
 from compressor.report.page import charts
 from compressor.report.page.drawings import Bar, Bars, Columns, Picture
 from compressor.report.page.pictures import left_out
 from compressor.text.figures import share
 
 
-def noise_picture(name: str, found: Quantization) -> Picture:
+def noise_picture(name: str, quantization: Quantization) -> Picture:
     """How little each layer alone in int8 changes the outputs of a row's model, whose layers were analysed."""
-    layers = worst_first(found.layers)[:MOST_LAYERS]
+    layers = worst_first(quantization.layers)[:MOST_LAYERS]
     largest = max([one.alone_sqnr_db for one in layers if one.alone_sqnr_db is not None], default=0.0)
     scale = charts.Scale(0, max(largest, 1.0))
     bars = tuple(
@@ -25,17 +25,17 @@ def noise_picture(name: str, found: Quantization) -> Picture:
     )
     described = (
         "SQNR of the model's outputs with one layer alone in int8: the shorter the bar, the more it changes them; "
-        f"{shown_layers(found)}."
+        f"{describe_layers(quantization)}."
     )
-    more = left_out(len(found.layers) - len(layers), "layers")
-    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(found), more, printed=True)
+    more = left_out(len(quantization.layers) - len(layers), "layers")
+    return Picture(f"{name}: noise of each layer", described, Bars(bars), layer_cells(quantization), more, printed=True)
 
 
-def range_pictures(found: Quantization) -> tuple[Picture, ...]:
+def range_pictures(quantization: Quantization) -> tuple[Picture, ...]:
     """What the layers of `noise_picture` give in the float model, within the range of their codes."""
     return tuple(
         _range_picture(one.layer, one.histogram)
-        for one in worst_first(found.layers)[:MOST_LAYERS]
+        for one in worst_first(quantization.layers)[:MOST_LAYERS]
         if one.histogram and one.histogram.counts
     )
 
