@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from compressor.errors import StageError
+from compressor.models.outputs import FORWARD_ERRORS
 from compressor.pruning.groups import Group, Member, Size, check_cut, check_unshared, run, without
 from compressor.task import Inputs
 
@@ -83,7 +84,7 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
 
 
 def _is_proven(module: nn.Module, group: Group, example_inputs: Inputs, shape: Sequence[int]) -> bool:
-    """Whether the group may be cut; False if it makes the output. Raises StageError if it makes something unknown."""
+    """Whether the group may be cut: not if it makes the output. Raises StageError if its use cannot be followed."""
     plan = {group.path: tuple(range(0, group.units - group.units % 2, 2))}
     smaller = without(module, [group], plan)
     if run(smaller, example_inputs).shape != shape:
@@ -101,7 +102,7 @@ def _graph(module: nn.Module, example_inputs: Inputs) -> "tp.DependencyGraph":
         try:
             # not verbose: it would warn of parameters outside layers, whose use it guesses and the proof shows
             graph = tp.DependencyGraph().build_dependency(module, example_inputs, verbose=False)
-        except (UserWarning, TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        except (UserWarning, *FORWARD_ERRORS) as error:
             msg = f"the structure of {type(module).__name__} must be known to be pruned, but: {error}"
             raise StageError(msg) from error
     unseen = [
@@ -120,7 +121,8 @@ def _graph(module: nn.Module, example_inputs: Inputs) -> "tp.DependencyGraph":
 def _find_coupled(graph: "tp.DependencyGraph") -> Iterator["tp.Group"]:
     """All channels of a layer with all that is coupled to them, until every layer has been seen.
 
-    A single channel cannot leave: started from it, Torch-Pruning would take what it is multiplied with for seen too.
+    A layer with one channel is left out, as it cannot lose that. Torch-Pruning would also count as seen what this
+    channel is multiplied with.
     """
     seen: set[nn.Module] = set()
     for layer in graph.module2node:
@@ -181,7 +183,7 @@ def _uses(
     layer = item.dep.target.module
     if isinstance(layer, nn.Parameter):
         path, _, name = graph._param_to_name[layer].rpartition(".")
-        # a scale for each channel has one axis; of others it cannot be told which one the channels are
+        # a scale for each channel has one axis; in any other tensor it is not known which axis the channels are
         return [_Use(path, _Cut({name: item.dep.target.pruning_dim}, ()), layer.numel(), dict(entries))]
     if layer not in paths:
         return []
@@ -234,12 +236,12 @@ def _positions(index: Sequence[tuple[int, ...]], cut: _Cut, name: str, channels:
 
 
 def _cut(layer: nn.Module, path: str, *, reads: bool) -> _Cut:
-    """What `layer` loses with a channel that it reads or makes. Raises StageError for a layer without a known way."""
+    """What `layer` loses with a channel that it reads or makes. Raises StageError for a layer of an unknown kind."""
     for kind, cut in _CUTS:
         if isinstance(layer, kind):
-            found = cut(layer, reads)
-            present = {name: dim for name, dim in found.tensors.items() if getattr(layer, name, None) is not None}
-            return replace(found, tensors=present)
+            whole = cut(layer, reads)
+            present = {name: dim for name, dim in whole.tensors.items() if getattr(layer, name, None) is not None}
+            return replace(whole, tensors=present)
     msg = f"how {path} ({type(layer).__name__}) loses channels is not known"
     raise StageError(msg)
 

@@ -42,8 +42,9 @@ def total_time(layers: Mapping[str, Times], handovers: Sequence[Handover], float
 def find_cheapest(layers: Mapping[str, Times], handovers: Sequence[Handover]) -> frozenset[str]:
     """The layers that compute in float where `total_time` is least, the most of them if several choices cost the same.
 
-    Exact, as the least total is a minimum cut between int8 and float (Picard and Ratliff 1975): a layer on one side
-    cuts the edge to the other of its time, and each tensor has two nodes that cut an edge if it is converted.
+    The result is exact: the least total is a minimum cut between int8 and float (Picard and Ratliff 1975). A layer is a
+    node with an edge to either side; that of the other side is cut, at the cost of the layer's time. A tensor is two
+    nodes, of which an edge is cut if it is converted.
     """
     edges: dict[_Node, dict[_Node, float]] = defaultdict(lambda: defaultdict(float))
     for name, times in layers.items():

@@ -102,7 +102,7 @@ def convert(
 def wrap(
     graph: GraphModule, plan: Plan, activation: Wrap, weight: Callable[[GraphModule, Node, Unit], Node]
 ) -> GraphModule:
-    """Return the graph in which units read what `activation` and `weight` write, given the tensors they read."""
+    """Return the graph in which units read, in place of a tensor, what `activation` or `weight` writes for it."""
     result = copy_graph(graph)
     nodes = {node.name: node for node in result.graph.nodes}
     readers: dict[str, set[Node]] = {}

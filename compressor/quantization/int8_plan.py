@@ -104,10 +104,10 @@ def plan_int8(
     """Return `graph` with some activations spelled out, and what of it becomes int8.
 
     Convolutions, sums, products, pools, concatenations and data movement pass uint8 on to each other. A linear layer
-    gives uint8 only to a layer that wants it: float logits cost no time and lose no accuracy. Sums and the like join
-    only if all their inputs are uint8 already, so that the float stream of a transformer stays whole, or if the others
-    are stretched to the size of one that is. Transposed convolutions and embeddings have their weights stored as int8
-    alone.
+    gives uint8 only to a layer that wants it: float logits cost no time and lose no accuracy. Sums and the like join if
+    all their inputs are uint8 already: so the float stream of a transformer stays whole. They also join if their other
+    inputs are stretched to the size of one that is uint8. Of transposed convolutions and embeddings only the weights
+    become int8, and they are only stored so.
 
     The layers in `keep_float` are left as they are; of those in `compute_float` the weights alone are int8.
     """

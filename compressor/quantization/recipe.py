@@ -49,7 +49,7 @@ def int8_model(
     keep_float: Collection[str] = (),
     compute_float: Collection[str] = (),
 ) -> Int8Model:
-    """Quantize a folded float graph, calibrated on the `samples` of `split`, but for some layers as in `plan_int8`.
+    """Quantize a folded float graph, calibrated on the `samples` of `split`; the layers are named as in `plan_int8`.
 
     Raises InputError naming the first weight or layer whose numbers are not finite.
     """
