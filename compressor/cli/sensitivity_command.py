@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from compressor.config.chain import PlannedStage, find_stage
+from compressor.config.chain import NamedStage, find_stage
 from compressor.config.installed_stages import stage_names
 from compressor.config.pipeline_file import Pipeline
 from compressor.errors import ConfigError, Problem
@@ -35,5 +35,5 @@ def up_to_sensitivity(pipeline: Pipeline, *, stage: int | None = None) -> Pipeli
     if isinstance(stages[last].stage, measures):
         return replace(pipeline, stages=stages[: last + 1])
     settings = stages[stage].stage.model_dump_json(include={"criterion", "protect"})
-    added = PlannedStage(_SENSITIVITY, measures.model_validate_json(settings))
+    added = NamedStage(_SENSITIVITY, measures.model_validate_json(settings))
     return replace(pipeline, stages=(*stages[:stage], added))

@@ -20,7 +20,7 @@ _StageClass: TypeAlias = "type[Stage[Any, Any]]"
 
 @final
 @dataclass(frozen=True)
-class PlannedStage:
+class NamedStage:
     """A stage under the name by which the pipeline calls it."""
 
     name: str
@@ -38,14 +38,14 @@ class _Link:
     gives: tuple[type, ...]
 
 
-def plan(stages: Node, where: KeyPath) -> tuple[tuple[PlannedStage, ...], list[Problem]]:
+def read_stages(stages: Node, where: KeyPath) -> tuple[tuple[NamedStage, ...], list[Problem]]:
     """Return the stages of a list of mappings, those at fault left out, and all that is wrong.
 
     `where` is the path of the list in its file. What is no list of mappings is left to the schema of the file. Raises
     HostError if two installed packages offer stages of one name.
     """
     installed = stage_names()
-    planned: list[PlannedStage] = []
+    planned: list[NamedStage] = []
     problems: list[Problem] = []
     links: list[_Link | None] = []
     for index, entry in stages.children.items():
@@ -61,7 +61,7 @@ def plan(stages: Node, where: KeyPath) -> tuple[tuple[PlannedStage, ...], list[P
         stage, faults = validate(link.stage_class, entry.without("stage"), (*where, index))
         problems += faults
         if stage is not None:
-            planned.append(PlannedStage(link.name, stage))
+            planned.append(NamedStage(link.name, stage))
     return tuple(planned), [*problems, *_order_problems(links)]
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 from pydantic.json_schema import models_json_schema
 
 from compressor.config import yaml_source
-from compressor.config.chain import PlannedStage, find_stage, plan
+from compressor.config.chain import NamedStage, find_stage, read_stages
 from compressor.config.installed_stages import stage_names
 from compressor.config.validation import all_problems, join_path, read_mapping, show, validate
 from compressor.config.yaml_source import KeyPath, Node, Place
@@ -30,7 +30,7 @@ class Pipeline:
     name: str
     model: Reference
     task: Reference
-    stages: tuple[PlannedStage, ...]
+    stages: tuple[NamedStage, ...]
     directory: Path
     seed: int = 0
     gate: Gate | None = None
@@ -94,7 +94,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     with prefer_modules_in(directory):
         root, path_problems = _with_absolute_paths(root, directory)
         file, file_problems = validate(_File, root)
-        stages, stage_problems = plan(root.keys.get("stages", Node((), root.place)), ("stages",))
+        stages, stage_problems = read_stages(root.keys.get("stages", Node((), root.place)), ("stages",))
         checks = [*path_problems, *file_problems, *stage_problems, *_reference_problems(root)]
     problems = all_problems(problems, checks)
     if file is None or problems:

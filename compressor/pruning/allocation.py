@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import nn
 
 from compressor.pruning.criteria import Scores
-from compressor.pruning.groups import Group, Plan
+from compressor.pruning.groups import Group, Removal
 
 Allocation: TypeAlias = Literal["uniform", "global", "isomorphic"]
 """`uniform`: every group loses the same share; `global`: the units with the smallest scores of all leave; `isomorphic`:
@@ -48,7 +48,7 @@ def multiples_that_fit(round_to: int) -> StepOf:
     return step
 
 
-def plan(
+def allocate(
     allocation: Allocation,
     module: nn.Module,
     groups: Sequence[Group],
@@ -57,7 +57,7 @@ def plan(
     comparable: bool,
     pruning_ratio: float,
     step_of: StepOf,
-) -> Plan:
+) -> Removal:
     """Choose the units to remove, a share `pruning_ratio` in (0, 1) of all channels as near as `step_of` allows.
 
     A larger ratio removes the same units and more. Units with equal scores leave in their order. Scores that are not
@@ -75,12 +75,12 @@ def plan(
     return {path: units for part in parts for path, units in part.items()}
 
 
-def uniform(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
+def uniform(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Removal:
     """Remove the same share of every group's units: those with the smallest scores."""
     return by_ratios(dict.fromkeys((group.path for group in groups), pruning_ratio), groups, scores, step_of=step_of)
 
 
-def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scores, *, step_of: StepOf) -> Plan:
+def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scores, *, step_of: StepOf) -> Removal:
     """Remove from each group the share of its units, in [0, 1), that `ratios` gives by its path."""
     removed = {}
     for group in groups:
@@ -89,7 +89,7 @@ def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scor
     return removed
 
 
-def first(groups: Sequence[Group], scores: Scores, counts: Counts) -> Plan:
+def first(groups: Sequence[Group], scores: Scores, counts: Counts) -> Removal:
     """Remove as many units of each group as `counts` says: those with the smallest scores."""
     return {group.path: _ascending(scores, group)[: counts.get(group.path, 0)] for group in groups}
 
@@ -106,7 +106,7 @@ class _Slice(NamedTuple):
     channels: int
 
 
-def rank(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Plan:
+def rank(groups: Sequence[Group], scores: Scores, *, pruning_ratio: float, step_of: StepOf) -> Removal:
     """Remove the units with the smallest scores of all groups together, in slices of `step_of`."""
     slices = sorted(
         piece for order, group in enumerate(groups) for piece in _slices(group, scores, order, step_of(group))

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from compressor.errors import StageError
 from compressor.models.layers import is_within, paths_matching
 from compressor.pruning.dependency_graph import channel_groups
-from compressor.pruning.groups import Group, Plan, check_cut, without
+from compressor.pruning.groups import Group, Removal, check_cut, without
 from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs
 from compressor.text.figures import list_names
@@ -67,7 +67,7 @@ def prunable_groups(
     return groups
 
 
-def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], plan: Plan) -> Pruned:
+def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], plan: Removal) -> Pruned:
     """Return a copy of `module` without the units of `plan`.
 
     The copy is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does when

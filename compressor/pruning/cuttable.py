@@ -5,11 +5,11 @@ from functools import cached_property
 from typing import Literal, TypeAlias, final
 
 from compressor.models.artifact import TorchModel
-from compressor.pruning.allocation import Allocation, Counts, StepOf, by_ratios, first, plan
+from compressor.pruning.allocation import Allocation, Counts, StepOf, allocate, by_ratios, first
 from compressor.pruning.channels import Pruned, prune_channels
 from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
 from compressor.pruning.group_sensitivity import check_sensitivity, ratios_by_sensitivity
-from compressor.pruning.groups import Group, Plan
+from compressor.pruning.groups import Group, Removal
 from compressor.task import Task
 
 CutAllocation: TypeAlias = Allocation | Literal["sensitivity"]
@@ -32,7 +32,7 @@ class Cuttable:
         """How much each unit matters; computed at the first use and then kept. Raises what `scores` raises."""
         return scores(self.criterion, self.model.module, self.groups, self.task)
 
-    def choose(self, pruning_ratio: float, step_of: StepOf) -> Plan:
+    def choose(self, pruning_ratio: float, step_of: StepOf) -> Removal:
         """The units to remove so that a share `pruning_ratio` of all channels leaves, as near as `step_of` allows.
 
         A larger share removes the same units and more. Raises StageError if the model must carry a sensitivity and
@@ -42,7 +42,7 @@ class Cuttable:
             curves = check_sensitivity(self.model, self.groups, criterion=self.criterion)
             shares = ratios_by_sensitivity(curves, self.groups, pruning_ratio=pruning_ratio)
             return by_ratios(shares, self.groups, self.scores, step_of=step_of)
-        return plan(
+        return allocate(
             self.allocation,
             self.model.module,
             self.groups,
@@ -52,10 +52,10 @@ class Cuttable:
             step_of=step_of,
         )
 
-    def choose_counts(self, counts: Counts) -> Plan:
+    def choose_counts(self, counts: Counts) -> Removal:
         """The units to remove so that each group loses as many as `counts` says."""
         return first(self.groups, self.scores, counts)
 
-    def cut(self, plan: Plan) -> Pruned:
-        """Remove the units of `plan`, as `prune_channels` does."""
+    def cut(self, plan: Removal) -> Pruned:
+        """Remove the units of `allocate`, as `prune_channels` does."""
         return prune_channels(self.model.module, self.task.example_inputs, self.groups, plan)

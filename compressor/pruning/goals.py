@@ -17,7 +17,7 @@ from compressor.onnx_files.facts import count_parameters
 from compressor.onnx_files.macs import count_macs
 from compressor.onnx_files.reading import load_graph
 from compressor.pruning.channels import Pruned
-from compressor.pruning.groups import Plan
+from compressor.pruning.groups import Removal
 from compressor.task import Task
 
 Quantity: TypeAlias = Literal["parameters", "macs", "size_bytes", "latency_ratio"]
@@ -66,7 +66,7 @@ class GoalResult:
     """The pruned module that meets a goal, and the cut that it took."""
 
     pruned: Pruned
-    plan: Plan
+    plan: Removal
     pruning_ratio: float
     """What was asked of the allocation to get `plan`; `pruned.pruning_ratio` is the share that left."""
     achieved: float
@@ -76,8 +76,8 @@ def reach(
     goal: Goal,
     module: nn.Module,
     *,
-    plan_of: Callable[[float], Plan],
-    cut: Callable[[Plan], Pruned],
+    plan_of: Callable[[float], Removal],
+    cut: Callable[[Removal], Pruned],
     measure: Measure,
     log: Callable[[str], None],
 ) -> GoalResult:
@@ -92,7 +92,7 @@ def reach(
     """
     check_unmet(goal, measure(module))
 
-    def cut_and_measure(pruning_ratio: float, plan: Plan) -> GoalResult:
+    def cut_and_measure(pruning_ratio: float, plan: Removal) -> GoalResult:
         pruned = cut(plan)
         result = GoalResult(pruned, plan, pruning_ratio, measure(pruned.module))
         values = f"{goal.quantity} {goal.show(goal.asked)} asked, {goal.show(result.achieved)} achieved"
@@ -133,7 +133,7 @@ def check_reachable(goal: Goal, best: float) -> None:
         raise StageError(msg)
 
 
-def _removing(plan: Plan) -> Plan:
+def _removing(plan: Removal) -> Removal:
     """`plan` without the groups that stay whole, so that equal cuts are equal plans."""
     return {path: units for path, units in plan.items() if units}
 

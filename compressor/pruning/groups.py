@@ -62,11 +62,11 @@ class Group:
     """Normalizations that average over the units: with fewer units, what they give for the others changes too."""
 
 
-Plan: TypeAlias = Mapping[str, tuple[int, ...]]
+Removal: TypeAlias = Mapping[str, tuple[int, ...]]
 """Units to remove, by the path of their group."""
 
 
-def without(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
+def without(module: nn.Module, groups: Sequence[Group], plan: Removal) -> nn.Module:
     """Return a copy of `module` in evaluation mode without the units of `plan`; tensors are cut, sizes follow.
 
     Raises StageError if a group would keep no unit.
@@ -92,7 +92,7 @@ def without(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module
     return smaller
 
 
-def silence(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
+def silence(module: nn.Module, groups: Sequence[Group], plan: Removal) -> nn.Module:
     """Return a copy of `module` in evaluation mode in which nothing reads the units of `plan`: of equal size."""
     silent = copy.deepcopy(module).eval()
     for group in groups:
@@ -104,7 +104,7 @@ def silence(module: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module
     return silent
 
 
-def check_cut(module: nn.Module, groups: Sequence[Group], plan: Plan, example_inputs: Inputs) -> None:
+def check_cut(module: nn.Module, groups: Sequence[Group], plan: Removal, example_inputs: Inputs) -> None:
     """Raise StageError unless `module` without the units of `plan` answers as if nothing read them.
 
     In this comparison, normalizations that average over units divide by one number instead: the size of their inputs.

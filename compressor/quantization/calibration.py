@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from compressor.errors import InputError
 from compressor.quantization.codes import Range
 from compressor.quantization.float_graph import BATCH_NORM, parameter
-from compressor.quantization.int8_plan import CLIPS, Plan
+from compressor.quantization.int8_plan import CLIPS, Int8Plan
 from compressor.quantization.ranges import Histogram, RangeMethod, find_range, histogram
 from compressor.task import Split, evenly_spaced, gather
 
@@ -34,7 +34,7 @@ def calibration_samples(split: Split, count: int) -> list[int]:
 
 
 def calibrate(
-    graph: GraphModule, plan: Plan, split: Split, samples: Sequence[int], method: RangeMethod
+    graph: GraphModule, plan: Int8Plan, split: Split, samples: Sequence[int], method: RangeMethod
 ) -> dict[str, Range]:
     """Return the range of each tensor that has one of its own in `plan`, by name, in one pass over the samples.
 

@@ -19,13 +19,13 @@ from compressor.quantization.codes import (
     weight_scale,
 )
 from compressor.quantization.float_graph import add_tensor, aten, copy_graph, parameter
-from compressor.quantization.int8_plan import Plan, Unit
+from compressor.quantization.int8_plan import Int8Plan, Unit
 
 Wrap: TypeAlias = Callable[[GraphModule, Node], Node]
 """Given a tensor's node, writes and returns the node that is read in its place."""
 
 
-def affine_of(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
+def affine_of(plan: Int8Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
     """Scale and zero point by name of each tensor of `plan`, from the ranges of those that have one of their own."""
     own = {name: affine(ranges[name]) for name in plan.tensors_with_range}
     return {
@@ -34,7 +34,9 @@ def affine_of(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, Affine]:
     }
 
 
-def round_weights(graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], limit: int) -> dict[str, WeightCodes]:
+def round_weights(
+    graph: GraphModule, plan: Int8Plan, affines: Mapping[str, Affine], limit: int
+) -> dict[str, WeightCodes]:
     """Codes of the weights by name of their unit's node, each weight rounded to the nearest.
 
     `limit` is the largest code of those that an int8 kernel multiplies with; the others take all eight bits.
@@ -53,14 +55,14 @@ def round_weights(graph: GraphModule, plan: Plan, affines: Mapping[str, Affine],
     return codes
 
 
-def weight_limit(plan: Plan, unit: Unit, limit: int) -> int:
+def weight_limit(plan: Int8Plan, unit: Unit, limit: int) -> int:
     """Largest code of a unit's weight: `limit` if some int8 kernel multiplies with it, else that of int8."""
     readers = (other for other in plan.units if other.weight and unit.weight and other.weight.node == unit.weight.node)
     return limit if any(other.inputs for other in readers) else STORED_LIMIT
 
 
 def convert(
-    graph: GraphModule, plan: Plan, affines: Mapping[str, Affine], weights: Mapping[str, WeightCodes]
+    graph: GraphModule, plan: Int8Plan, affines: Mapping[str, Affine], weights: Mapping[str, WeightCodes]
 ) -> GraphModule:
     """Return the graph with codes: each tensor of `plan` is quantized and dequantized, each weight stored as int8.
 
@@ -100,7 +102,7 @@ def convert(
 
 
 def wrap(
-    graph: GraphModule, plan: Plan, activation: Wrap, weight: Callable[[GraphModule, Node, Unit], Node]
+    graph: GraphModule, plan: Int8Plan, activation: Wrap, weight: Callable[[GraphModule, Node, Unit], Node]
 ) -> GraphModule:
     """Return the graph in which units read, in place of a tensor, what `activation` or `weight` writes for it."""
     result = copy_graph(graph)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from compressor.export.operators import DEQUANTIZE, QUANTIZE
 from compressor.quantization.codes import Affine, WeightCodes
 from compressor.quantization.conversion import convert
-from compressor.quantization.int8_plan import Activation, Plan
+from compressor.quantization.int8_plan import Activation, Int8Plan
 from compressor.task import Inputs
 
 
@@ -22,7 +22,7 @@ class Int8Model:
     """A float graph, what of it becomes int8, and with which codes."""
 
     graph: GraphModule
-    plan: Plan
+    plan: Int8Plan
     affines: Mapping[str, Affine]
     """Scale and zero point by name of a tensor."""
     weights: Mapping[str, WeightCodes]
@@ -41,7 +41,7 @@ class Int8Model:
         units = tuple(unit for unit in self.plan.units if unit.layer == layer)
         read = {name: Activation(name, everywhere=False) for unit in units for name in unit.inputs}
         given = {unit.output: Activation(unit.output) for unit in units if unit.output is not None}
-        return replace(self, plan=Plan(units, read | given))
+        return replace(self, plan=Int8Plan(units, read | given))
 
     def outputs(self) -> Mapping[str, str]:
         """Name of the tensor that each layer gives, by layer; in `graph` and, before it is rounded, in `int8_graph`.

@@ -65,7 +65,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Int8Plan:
     """What becomes int8: the units in the order of the graph, and by name the tensors between them."""
 
     units: tuple[Unit, ...]
@@ -87,7 +87,7 @@ class Plan:
         return tuple(name for name, activation in self.activations.items() if activation.like == name)
 
 
-def list_float_layers(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
+def list_float_layers(graph: GraphModule, plan: Int8Plan) -> tuple[str, ...]:
     """Names of the layers with a weight of two dimensions or more that has no place in `plan`."""
     known = {unit.node for unit in plan.units if unit.weight is not None}
     return tuple(
@@ -100,7 +100,7 @@ def list_float_layers(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
 
 def plan_int8(
     graph: GraphModule, *, keep_float: Collection[str] = (), compute_float: Collection[str] = ()
-) -> tuple[GraphModule, Plan]:
+) -> tuple[GraphModule, Int8Plan]:
     """Return `graph` with some activations spelled out, and what of it becomes int8.
 
     Convolutions, sums, products, pools, concatenations and data movement pass uint8 on to each other. A linear layer
@@ -148,7 +148,7 @@ class _Draft:
         self.units.append(Unit(node.meta["layer"], reader.name, (source.name,), node.name))
 
 
-def _plan(graph: GraphModule, keep_float: Collection[str], compute_float: Collection[str]) -> Plan:
+def _plan(graph: GraphModule, keep_float: Collection[str], compute_float: Collection[str]) -> Int8Plan:
     draft = _Draft(floats=frozenset((*keep_float, *compute_float)))
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.meta["layer"] in keep_float:
@@ -162,7 +162,7 @@ def _plan(graph: GraphModule, keep_float: Collection[str], compute_float: Collec
     read = {name for unit in draft.units for name in unit.inputs}
     nodes = {node.name: node for node in graph.graph.nodes}
     units = tuple(_as_gemm(unit, nodes[unit.node], read) for unit in draft.units)
-    return Plan(units, draft.activations)
+    return Int8Plan(units, draft.activations)
 
 
 def _as_gemm(unit: Unit, node: Node, read: Collection[str]) -> Unit:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 
 from compressor.quantization.codes import CODES, Affine, WeightCodes
 from compressor.quantization.float_graph import is_parameter, parameter, with_parameters
-from compressor.quantization.int8_plan import Plan, Unit, Weight
+from compressor.quantization.int8_plan import Int8Plan, Unit, Weight
 from compressor.task import Inputs, Split, evenly_spaced, gather
 
 SAMPLES = 256
@@ -63,7 +63,7 @@ Refine: TypeAlias = Callable[[Layer], Layer]
 
 def refine_layers(
     graph: GraphModule,
-    plan: Plan,
+    plan: Int8Plan,
     affines: Mapping[str, Affine],
     weights: Mapping[str, WeightCodes],
     inputs: Inputs,
@@ -137,7 +137,7 @@ class _Sizes(Interpreter):
 class _Quantized:
     """What nodes of the int8 model read of each other."""
 
-    def __init__(self, plan: Plan, affines: Mapping[str, Affine]) -> None:
+    def __init__(self, plan: Int8Plan, affines: Mapping[str, Affine]) -> None:
         self._plan, self._affines = plan, affines
         self._inputs = {unit.node: unit.inputs for unit in plan.units}
 

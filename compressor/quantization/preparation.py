@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from compressor.errors import StageError
 from compressor.quantization.calibration import FEW_SAMPLES, calibration_samples
-from compressor.quantization.int8_plan import Plan, list_float_layers, plan_int8
+from compressor.quantization.int8_plan import Int8Plan, list_float_layers, plan_int8
 from compressor.task import Split
 
 
@@ -20,7 +20,7 @@ def choose_samples(split: Split, count: int, log: Callable[[str], None]) -> list
 
 def prepare_plan(
     graph: GraphModule, log: Callable[[str], None], *, keep_float: Collection[str] = ()
-) -> tuple[GraphModule, Plan]:
+) -> tuple[GraphModule, Int8Plan]:
     """`plan_int8`; `log` is told which layers stay in float. Raises StageError if all would."""
     spelled, plan = plan_int8(graph, keep_float=keep_float)
     if not plan.computes:

@@ -16,7 +16,7 @@ from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.codes import CODES, Range, weight_scale
 from compressor.quantization.conversion import affine_of, weight_limit, wrap
 from compressor.quantization.float_graph import BATCH_NORM, add_tensor, arguments, aten, parameter
-from compressor.quantization.int8_plan import Plan, Unit
+from compressor.quantization.int8_plan import Int8Plan, Unit
 
 AVERAGING = 0.01
 """How far a range moves, at each step, towards that of the batch."""
@@ -24,7 +24,7 @@ _MOMENTUM = 0.1
 """The same for BatchNorm's statistics, where the model gives no number: `momentum=None` weighs all batches equally."""
 
 
-def simulate(graph: GraphModule, plan: Plan, ranges: Mapping[str, Range], limit: int, *, live: bool) -> GraphModule:
+def simulate(graph: GraphModule, plan: Int8Plan, ranges: Mapping[str, Range], limit: int, *, live: bool) -> GraphModule:
     """Return `graph` with every tensor of `plan` rounded to its codes; gradients pass rounding, but not clipping.
 
     If `live`, each range starts as in `ranges` and follows the batches. BatchNorm then normalizes each batch by itself,

@@ -18,7 +18,7 @@ from compressor.quantization.assignment import Handover, Times, find_cheapest, t
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import arguments, is_parameter, shape
-from compressor.quantization.int8_plan import CLIPS, Plan, plan_int8
+from compressor.quantization.int8_plan import CLIPS, Int8Plan, plan_int8
 from compressor.quantization.kernels import Kernel, kernels, traceable
 from compressor.records.measurements import Latency
 from compressor.task import Task, evenly_spaced
@@ -114,7 +114,7 @@ def index_of_fastest(latencies: Sequence[Latency]) -> int:
     return max(index for index, found in enumerate(latencies) if found in faster and found.ratio_high >= best.ratio_low)
 
 
-def islands(graph: GraphModule, plan: Plan) -> tuple[str, ...]:
+def islands(graph: GraphModule, plan: Int8Plan) -> tuple[str, ...]:
     """Layers that compute in float between int8 layers: they read what one gives, and give what another reads.
 
     They have no int8 kernel, as LayerNorm and GELU, and each costs conversions around it. A clip that is read as uint8
@@ -187,7 +187,7 @@ def _by_layer(profile: Iterable[Kernel], owners: Mapping[str, str]) -> dict[str,
 
 
 def _ties(
-    handovers: Sequence[Handover], with_kernels: Collection[str], owners: Mapping[str, str], plan: Plan
+    handovers: Sequence[Handover], with_kernels: Collection[str], owners: Mapping[str, str], plan: Int8Plan
 ) -> list[Handover]:
     """Pairs of layers that must have the same form, int8 or float, because ONNX Runtime fuses them in float.
 
@@ -234,7 +234,9 @@ class _Conversion:
         return 2 * (self.seconds + self.seconds_per_element * elements)
 
 
-def _handovers(graph: GraphModule, plan: Plan, owners: Mapping[str, str], conversion: _Conversion) -> list[Handover]:
+def _handovers(
+    graph: GraphModule, plan: Int8Plan, owners: Mapping[str, str], conversion: _Conversion
+) -> list[Handover]:
     """The tensors between layers, in the order of the graph."""
     handovers = []
     for node in graph.graph.nodes:
@@ -255,7 +257,7 @@ def _elements(node: Node) -> int:
     return math.prod(size if isinstance(size, int) else 1 for size in shape(node)[1:])
 
 
-def _owners(graph: GraphModule, plan: Plan) -> dict[str, str]:
+def _owners(graph: GraphModule, plan: Int8Plan) -> dict[str, str]:
     """The layer of each node that is part of an int8 kernel, by name."""
     nodes = {node.name: node for node in graph.graph.nodes}
     owners: dict[str, str] = {}

@@ -11,7 +11,7 @@ from compressor.export.operators import MATMUL_BLOCKS, pack
 from compressor.quantization.codes import STORED_LIMIT
 from compressor.quantization.conversion import convert, round_weights
 from compressor.quantization.float_graph import add_tensor, arguments, is_parameter, parameter, shape
-from compressor.quantization.int8_plan import LINEARS, Plan, Unit, plan_int8
+from compressor.quantization.int8_plan import LINEARS, Int8Plan, Unit, plan_int8
 
 
 class BlockCodes(NamedTuple):
@@ -63,7 +63,7 @@ def plan_weights(graph: GraphModule, block_size: int) -> WeightPlan:
 
 def with_weights(graph: GraphModule, plan: WeightPlan, bits: int, block_size: int) -> GraphModule:
     """Return the graph with the weights of `plan` as integers, which it multiplies or turns into numbers."""
-    stored = Plan(plan.stored, {})
+    stored = Int8Plan(plan.stored, {})
     result = convert(graph, stored, {}, round_weights(graph, stored, {}, STORED_LIMIT))
     nodes = {node.name: node for node in result.graph.nodes}
     for unit in plan.blocks:

@@ -19,7 +19,7 @@ from compressor.quantization.conversion import affine_of, round_weights
 from compressor.quantization.deployment import deploy
 from compressor.quantization.float_graph import copy_graph, float_graph, fold_batch_norms
 from compressor.quantization.int8_model import Int8Model
-from compressor.quantization.int8_plan import Plan
+from compressor.quantization.int8_plan import Int8Plan
 from compressor.quantization.preparation import choose_samples, prepare_plan
 from compressor.quantization.ranges import RangeMethod
 from compressor.quantization.simulation import read_ranges, simulate
@@ -96,7 +96,7 @@ class Int8Qat(DistillationFields, Stage[TorchModel, OnnxModel]):
     def _train(
         self,
         graph: GraphModule,
-        plan: Plan,
+        plan: Int8Plan,
         ranges: Mapping[str, Range],
         *,
         model: TorchModel,

@@ -19,7 +19,7 @@ from compressor.pruning.conv1d import with_linears
 from compressor.pruning.criteria import Criterion
 from compressor.pruning.cuttable import CutAllocation, Cuttable
 from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
-from compressor.pruning.groups import Plan
+from compressor.pruning.groups import Removal
 from compressor.pruning.schedule import Schedule, check_schedule, division, ramp
 from compressor.pruning.staircase import measure_step
 from compressor.records.findings import Reached
@@ -157,7 +157,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         return multiples_that_fit(step)
 
 
-def _count(plan: Plan) -> Counter[str]:
+def _count(plan: Removal) -> Counter[str]:
     return Counter({path: len(units) for path, units in plan.items()})
 
 

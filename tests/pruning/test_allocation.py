@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compressor.pruning.allocation import by_ratios, multiples_of, multiples_that_fit, plan, units_kept
+from compressor.pruning.allocation import allocate, by_ratios, multiples_of, multiples_that_fit, units_kept
 from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Member
 from networks import StackedNetwork
@@ -22,7 +22,7 @@ def module_of(groups) -> nn.Module:
 
 
 def chosen(allocation, groups, scores, ratio, *, round_to=1, comparable=True, step_of=None):
-    return plan(
+    return allocate(
         allocation,
         module_of(groups),
         groups,
@@ -164,7 +164,9 @@ def test_blocks_of_a_real_network_are_one_class(digits_task):
     module = StackedNetwork()
     (stack,) = channel_groups(module, digits_task.example_inputs)
     scores = {stack.path: ramp(1, 16)}
-    removed = plan("isomorphic", module, [stack], scores, comparable=False, pruning_ratio=0.25, step_of=multiples_of(1))
+    removed = allocate(
+        "isomorphic", module, [stack], scores, comparable=False, pruning_ratio=0.25, step_of=multiples_of(1)
+    )
     assert removed == {stack.path: (0, 1, 2, 3)}
 
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import StageError
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.model import measure
-from compressor.pruning.allocation import multiples_of, plan
+from compressor.pruning.allocation import allocate, multiples_of
 from compressor.pruning.channels import prunable_groups, prune_channels
 from compressor.pruning.criteria import scores
 from compressor.pruning.goals import Goal, GoalResult, measure_of, reach
-from compressor.pruning.groups import Plan
+from compressor.pruning.groups import Removal
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, WideNetwork
 
 
@@ -32,8 +32,10 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
     score, step_of = scores("l2", module, groups, task), multiples_of(round_to)
     log: list[str] = []
 
-    def plan_of(pruning_ratio: float) -> Plan:
-        return plan(allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of)
+    def plan_of(pruning_ratio: float) -> Removal:
+        return allocate(
+            allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of
+        )
 
     with measure_of(goal.quantity, module, task, max_seconds=1) as measure:
         reached = reach(

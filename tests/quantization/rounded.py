@@ -12,7 +12,7 @@ from compressor.quantization.calibration import calibrate
 from compressor.quantization.codes import Affine, WeightCodes
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
-from compressor.quantization.int8_plan import Plan, plan_int8
+from compressor.quantization.int8_plan import Int8Plan, plan_int8
 from compressor.quantization.layerwise import Layer, Refine, refine_layers
 
 
@@ -21,7 +21,7 @@ class Rounded:
     """What `refine_layers` takes, and what it gave: the float graph, its plan, ranges, codes and samples."""
 
     graph: GraphModule
-    plan: Plan
+    plan: Int8Plan
     affines: Mapping[str, Affine]
     weights: Mapping[str, WeightCodes]
     images: Tensor

@@ -11,7 +11,7 @@ from compressor import Samples, StageContext, Task, TorchModel
 from compressor.errors import InputError
 from compressor.quantization.calibration import FEW_SAMPLES, calibrate, calibration_samples, observe
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
-from compressor.quantization.int8_plan import Plan, plan_int8
+from compressor.quantization.int8_plan import Int8Plan, plan_int8
 from compressor.quantization.ranges import RangeMethod
 from compressor.references.reference import Reference
 from compressor.stages.int8_ptq import Int8Ptq
@@ -20,7 +20,7 @@ from tests.networks import PlainNetwork, ResidualNetwork
 
 
 @pytest.fixture(scope="module", params=[ResidualNetwork, SeparableNetwork], ids=lambda network: network.__name__)
-def planned(request: pytest.FixtureRequest, digits_task: Task) -> tuple[GraphModule, Plan]:
+def planned(request: pytest.FixtureRequest, digits_task: Task) -> tuple[GraphModule, Int8Plan]:
     torch.manual_seed(0)
     return plan_int8(fold_batch_norms(float_graph(request.param().eval(), digits_task)))
 
@@ -32,7 +32,7 @@ def said_by(stage: Int8Ptq, module: nn.Module, task: Task, directory: Path) -> l
     return said
 
 
-def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Plan], digits_task: Task) -> None:
+def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Int8Plan], digits_task: Task) -> None:
     graph, plan = planned
     names = plan.tensors_with_range
     batches = list(observe(graph, names, digits_task.calibration, range(256)))
@@ -44,7 +44,7 @@ def test_minmax_is_that_of_all_values(planned: tuple[GraphModule, Plan], digits_
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_order_of_samples_changes_no_range(
-    planned: tuple[GraphModule, Plan], digits_task: Task, method: RangeMethod
+    planned: tuple[GraphModule, Int8Plan], digits_task: Task, method: RangeMethod
 ) -> None:
     forwards, backwards = (
         calibrate(*planned, digits_task.calibration, order, method) for order in (range(256), range(255, -1, -1))

@@ -14,7 +14,7 @@ from compressor.quantization.calibration import calibrate
 from compressor.quantization.codes import Range, WeightCodes
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import copy_graph, float_graph, fold_batch_norms
-from compressor.quantization.int8_plan import Plan, plan_int8
+from compressor.quantization.int8_plan import Int8Plan, plan_int8
 from compressor.quantization.simulation import follow_and_round, read_ranges, round_to_codes, round_weight, simulate
 from example_models import SeparableNetwork, SequenceNetwork, SignalNetwork
 from networks import (
@@ -74,7 +74,7 @@ class Trained(NamedTuple):
 
     images: Tensor
     graph: GraphModule
-    plan: Plan
+    plan: Int8Plan
     ranges: Mapping[str, Range]
 
 
@@ -115,7 +115,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return Trained(before.images, copy_graph(before.graph, simulation), before.plan, read_ranges(simulation))
 
 
-def int8(trained: Trained) -> tuple[GraphModule, Plan, Mapping[str, WeightCodes]]:
+def int8(trained: Trained) -> tuple[GraphModule, Int8Plan, Mapping[str, WeightCodes]]:
     graph, plan = plan_int8(fold_batch_norms(trained.graph))
     return graph, plan, round_weights(graph, plan, affine_of(plan, trained.ranges), LIMIT)
 

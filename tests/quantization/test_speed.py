@@ -14,7 +14,7 @@ from compressor.models.outputs import relative_error
 from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
-from compressor.quantization.int8_plan import Plan, plan_int8
+from compressor.quantization.int8_plan import Int8Plan, plan_int8
 from compressor.quantization.kernels import Kernel, kernels, traceable
 from compressor.quantization.speed import Choice, index_of_fastest, islands
 from compressor.records.measurements import Latency
@@ -40,7 +40,7 @@ def model() -> TorchModel:
 @pytest.fixture(scope="module")
 def planned_and_kernels(
     model: TorchModel, task: Task, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Plan, Sequence[Kernel]]:
+) -> tuple[Int8Plan, Sequence[Kernel]]:
     graph, plan = plan_int8(fold_batch_norms(float_graph(model.module, task)))
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(8), "minmax"))
     path = tmp_path_factory.mktemp("kernels") / "int8.onnx"
@@ -53,7 +53,7 @@ def latency(ratio: float, half_width: float = 0.01) -> Latency:
 
 
 def test_each_int8_kernel_is_traced_to_the_operator_that_it_stands_for(
-    planned_and_kernels: tuple[Plan, Sequence[Kernel]],
+    planned_and_kernels: tuple[Int8Plan, Sequence[Kernel]],
 ) -> None:
     plan, found = planned_and_kernels
     operators = {kernel.node: kernel.operator for kernel in found if kernel.node is not None}
@@ -64,7 +64,7 @@ def test_each_int8_kernel_is_traced_to_the_operator_that_it_stands_for(
     assert set(int8) <= {*fused, *(unit.node for unit in plan.units)}
 
 
-def test_kernels_tell_their_time_and_how_much_they_give(planned_and_kernels: tuple[Plan, Sequence[Kernel]]) -> None:
+def test_kernels_tell_their_time_and_how_much_they_give(planned_and_kernels: tuple[Int8Plan, Sequence[Kernel]]) -> None:
     _, found = planned_and_kernels
     assert all(0 <= kernel.seconds < 1 for kernel in found)  # their microseconds are above 1
     (quantize,) = (kernel for kernel in found if kernel.operator == "QuantizeLinear")
