@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compressor.distillation import response
 from compressor.errors import InputError, StageError
@@ -22,6 +21,7 @@ from compressor.models.ensemble import members_of
 from compressor.models.soft_label_file import FILE_NAME, Origin, SoftLabelFile, write
 from compressor.system.disk import write_atomically
 from compressor.system.processes import broadcast, gather_objects, processes
+from compressor.system.progress import progress_bar
 from compressor.task import Task
 from compressor.training.sampling import TrainingData
 
@@ -85,8 +85,7 @@ def answer(
     if done:
         log(f"{done} of {len(shards.spans)} shards are there from an interrupted run")
     modules = [copy.deepcopy(member).to(device).eval() for member, _ in members_of(teacher.module)]
-    hidden = None if group.is_main_process else True  # None: shown on a terminal only
-    bar = tqdm(range(done, len(shards.spans)), disable=hidden, leave=False, unit="shard")
+    bar = progress_bar(range(done, len(shards.spans)), unit="shard", hidden=not group.is_main_process)
     for position in bar:
         view, rows = shards.spans[position]
         if bar.disable and rows[0] == 0:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compressor.records.findings import EpochLosses, Finding
 from compressor.system.processes import processes
+from compressor.system.progress import progress_bar
 from compressor.training.descent import Descent, begin_descent
 from compressor.training.objective import Objective
 from compressor.training.sampling import TrainingBatch, TrainingData, draws, training_batches
 from compressor.training.settings import TrainingFields
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class TrainingContext(Protocol):
@@ -65,8 +68,7 @@ def fit(
     steps = settings.epochs * drawn.steps
     batches = training_batches(data, drawn, epochs=settings.epochs, seed=context.seed, process=process, processes=count)
     numbered = enumerate(batches)
-    hidden = None if main else True  # None: shown on a terminal only
-    with torch.random.fork_rng(), tqdm(total=steps, disable=hidden, leave=False, unit="step") as bar:
+    with torch.random.fork_rng(), progress_bar(total=steps, unit="step", hidden=not main) as bar:
         torch.manual_seed(context.seed + process)
         descent = begin_descent(
             module, objective, settings.optimizer, zeros=zeros, steps=steps, accelerator=accelerator
@@ -88,9 +90,7 @@ def _accelerator(device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
 
 
-def _run_epoch(
-    descent: Descent, batches: Iterable[tuple[int, TrainingBatch]], bar: "tqdm[NoReturn]"
-) -> dict[str, Tensor]:
+def _run_epoch(descent: Descent, batches: Iterable[tuple[int, TrainingBatch]], bar: "tqdm[Any]") -> dict[str, Tensor]:
     """Take a step for each of the numbered `batches`; return the sum of each loss over them, by name."""
     sums: dict[str, Tensor] = {}
     for number, batch in batches:
