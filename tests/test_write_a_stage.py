@@ -68,13 +68,17 @@ def test_a_new_process_loads_what_the_stage_of_the_page_has_stored(directory, re
     assert again["rows"][1]["key"] == report["rows"][1]["key"]
 
 
-def test_the_stage_of_the_page_keeps_the_contract(directory):
+def test_the_stages_of_the_page_keep_the_contract(directory):
+    (directory / "recover.py").write_text(block_of("docs/write_a_stage.md", "python", "class Recover"))
     check = """
 from compressor import Reference, TorchModel
 from compressor.testing import check_stage
 import digits
 from low_rank import LowRank
-check_stage(LowRank(rank=8), TorchModel.build(Reference(factory="digits:teacher"), seed=0), digits.task())
+from recover import Recover
+model, task = TorchModel.build(Reference(factory="digits:student"), seed=0), digits.task()
+check_stage(LowRank(rank=4), model, task)
+check_stage(Recover(epochs=1), model, task)
 """
     checked = python(directory, "-c", check)
     assert checked.returncode == 0, checked.stderr
