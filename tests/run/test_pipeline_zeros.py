@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,8 @@ def test_the_report_says_what_zeros_bring_and_what_not(finished):
     assert "(gzip). It is " in told[0]
 
 
-def test_a_stage_that_fills_the_zeros_of_a_file_is_named(tmp_path):
+def test_a_stage_that_fills_the_zeros_of_a_file_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")  # the stages before it are in the store
     file = write(tmp_path, "zeros_code:Refill")
     message = (
         r"zeros_code:Refill must keep the \d+ zeros that the model was pruned to, but its ONNX file has \d+, \d+ fewer"
