@@ -29,6 +29,15 @@ def outside_of_github_actions() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def candidates_that_are_timed_briefly() -> Iterator[None]:
+    """Let stages time a candidate for a moment: beside other work they would take seconds for each, as users want."""
+    with pytest.MonkeyPatch.context() as patch:
+        for room in ("pruning.goals", "quantization.fallback", "quantization.speed"):
+            patch.setattr(f"compressor.{room}.TIMING_SECONDS", 0.2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits_task() -> Task:
     """Scikit-learn's real digits, (N, 1, 8, 8), in a fixed order."""

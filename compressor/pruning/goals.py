@@ -25,6 +25,8 @@ Quantity: TypeAlias = Literal["parameters", "macs", "size_bytes", "latency_ratio
 
 Measure: TypeAlias = Callable[[nn.Module], float]
 
+TIMING_SECONDS = 4.0
+"""Most seconds that each model of a pair is timed."""
 _TIMING_PRECISION = 0.01
 """Half width of the interval of a ratio at which its timing ends: 0.01 = 1 %."""
 LARGEST = 1 - 1e-9
@@ -139,11 +141,11 @@ def _removing(plan: Removal) -> Removal:
 
 
 @contextmanager
-def measure_of(quantity: Quantity, reference: nn.Module, task: Task, *, max_seconds: float = 4.0) -> Iterator[Measure]:
+def measure_of(quantity: Quantity, reference: nn.Module, task: Task) -> Iterator[Measure]:
     """Give a function that exports a module and measures `quantity`; its files are gone afterwards.
 
     Counts are for the first example input. For `latency_ratio` the module and `reference`, the baseline, take turns in
-    one session on one thread. That ends when the ratio's interval is ± 1 %, or after `max_seconds` for each model.
+    one session on one thread. That ends when the ratio's interval is ± 1 %, or after `TIMING_SECONDS` for each model.
     """
     inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
     with tempfile.TemporaryDirectory() as name:
@@ -154,7 +156,7 @@ def measure_of(quantity: Quantity, reference: nn.Module, task: Task, *, max_seco
 
         def latency_ratio(module: nn.Module) -> float:
             paths = (baseline.path, export(module).path)
-            (_, latency), _ = time_models(paths, inputs=inputs, precision=_TIMING_PRECISION, max_seconds=max_seconds)
+            (_, latency), _ = time_models(paths, inputs=inputs, precision=_TIMING_PRECISION, max_seconds=TIMING_SECONDS)
             return latency.ratio
 
         if quantity == "latency_ratio":

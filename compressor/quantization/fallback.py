@@ -21,7 +21,8 @@ Quantize: TypeAlias = Callable[[Collection[str], Collection[str]], Int8Model]
 _QUIETER_DB = 6.0
 """A layer whose weights alone are int8 must have a quarter of the noise at most, or its weights become float too."""
 _FEW_SAMPLES = 64
-_TIMING_SECONDS = 5.0
+TIMING_SECONDS = 5.0
+"""Most seconds that each of two models is timed."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _describe(
     ratio = 1.0
     if last is not first:
         inputs = [tensor[:1].numpy() for tensor in task.example_inputs]
-        (_, latency), _ = time_models((first.onnx.path, last.onnx.path), inputs=inputs, max_seconds=_TIMING_SECONDS)
+        (_, latency), _ = time_models((first.onnx.path, last.onnx.path), inputs=inputs, max_seconds=TIMING_SECONDS)
         ratio = latency.ratio
     return Fallback(
         max_drop=limits.max_drop,

@@ -26,7 +26,9 @@ from compressor.text.figures import list_names
 
 _SAMPLES = 8
 """Of the calibration split; times do not depend on ranges, but which clips vanish does."""
-_PRECISION, _MAX_SECONDS = 0.01, 4.0
+TIMING_SECONDS = 4.0
+"""Most seconds that each model is timed."""
+_PRECISION = 0.01
 _MIXTURES = 2
 """How many models in which some layers are int8 and others float are tried at most."""
 _WORTH_TRYING = 0.02
@@ -153,7 +155,7 @@ def _model(
 
 def _time(paths: Mapping[frozenset[str], Path], inputs: Sequence[Array]) -> dict[frozenset[str], Latency]:
     """Time the models side by side; ratios are to the first."""
-    latencies, _ = time_models(tuple(paths.values()), inputs=inputs, precision=_PRECISION, max_seconds=_MAX_SECONDS)
+    latencies, _ = time_models(tuple(paths.values()), inputs=inputs, precision=_PRECISION, max_seconds=TIMING_SECONDS)
     return dict(zip(paths, latencies, strict=True))
 
 

@@ -37,7 +37,7 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
             allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of
         )
 
-    with measure_of(goal.quantity, module, task, max_seconds=1) as measure:
+    with measure_of(goal.quantity, module, task) as measure:
         reached = reach(
             goal,
             module,

@@ -11,7 +11,7 @@ from compressor import OnnxModel, Samples, Task, TorchModel
 from compressor.errors import StageError
 from compressor.export.operators import pack, unpack
 from compressor.models.outputs import relative_error
-from compressor.onnx_files.facts import read_facts
+from compressor.onnx_files.facts import OnnxFacts, read_facts
 from compressor.quantization.float_graph import float_graph
 from compressor.quantization.weight_blocks import block_codes, plan_weights
 from compressor.references.reference import Reference
@@ -42,6 +42,13 @@ def gpt2() -> TorchModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def facts_before(gpt2: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> OnnxFacts:
+    """Of the file in float."""
+    written = apply(OnnxExport(), gpt2, task_of(TOKENS), tmp_path_factory.mktemp("gpt2") / "float")
+    return read_facts(written.path, [TOKENS[:1].numpy()])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_each_weight_is_within_half_a_step_and_zeros_stay_zero(bits):
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
@@ -63,10 +70,10 @@ def test_packed_codes_are_read_back(bits):
 
 
 @pytest.mark.parametrize(("bits", "error", "smaller"), [(4, 0.25, 3.0), (8, 0.025, 2.3)])
-def test_gpt2_multiplies_with_blocks_and_stores_its_embeddings_as_int8(bits, error, smaller, gpt2, tmp_path):
-    task = task_of(TOKENS)
-    written = apply(OnnxExport(), gpt2, task, tmp_path / "float")
-    model = apply(WeightOnly(bits=bits), gpt2, task, tmp_path / "small")
+def test_gpt2_multiplies_with_blocks_and_stores_its_embeddings_as_int8(
+    bits, error, smaller, *, gpt2, facts_before, tmp_path
+):
+    model = apply(WeightOnly(bits=bits), gpt2, task_of(TOKENS), tmp_path / "small")
     graph = onnx.load(model.path).graph
     operators = Counter(node.op_type for node in graph.node)
     assert operators["MatMulNBits"] == 2 * 4 + 1
@@ -75,12 +82,12 @@ def test_gpt2_multiplies_with_blocks_and_stores_its_embeddings_as_int8(bits, err
     assert {str(table.dtype) for table in tables} == {"int8"}
     # each of 16 or 256 steps between the ends of a block
     assert relative_error(model.predict((TOKENS,)), gpt2.predict((TOKENS,))) < error
-    facts, before = (read_facts(found.path, [TOKENS[:1].numpy()]) for found in (model, written))
-    assert facts.macs == before.macs
+    facts = read_facts(model.path, [TOKENS[:1].numpy()])
+    assert facts.macs == facts_before.macs
     # the last layer is the embedding, but has codes of its own; the rest is constants of the mask
     parameters = sum(parameter.numel() for parameter in gpt2.module.parameters()) + 50 * 32
     assert parameters <= facts.parameters < parameters + 50
-    assert before.size_bytes > smaller * facts.size_bytes
+    assert facts_before.size_bytes > smaller * facts.size_bytes
 
 
 @pytest.mark.parametrize("bits", [4, 8])
