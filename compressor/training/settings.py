@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 class Optimizer(BaseModel):
     """How weights move: the algorithm, its step size, and the course of the step size over the whole fit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """The algorithm: AdamW (Loshchilov and Hutter 2019), or SGD with momentum."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """The largest step size, reached after `warmup`."""
     weight_decay: float = Field(default=1e-2, ge=0)
@@ -35,6 +38,7 @@ class TrainingFields(BaseModel, ABC):
     epochs: int = Field(gt=0)
     """An epoch draws as many samples as there are. Unlabeled samples count where the losses use them."""
     batch_size: int = Field(default=128, gt=0)
+    """Samples of one step, over all processes together."""
     optimizer: Optimizer = Optimizer()
 
 
