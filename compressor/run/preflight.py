@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
+from compressor.models.outputs import run_on_examples
 from compressor.references.reference import Reference
 from compressor.task import SPLITS, Inputs, Split, Task, batches, uniform_numbers
 
@@ -132,11 +133,7 @@ def check_reference(reference: Reference, like: TorchModel, task: Task, *, seed:
 
 
 def _outputs(model: TorchModel, task: Task) -> Tensor:
-    try:
-        outputs: object = model.predict(task.example_inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        msg = f"{model.factory.factory} must run on example_inputs, but: {type(error).__name__}: {error}"
-        raise InputError(msg) from error
+    outputs = run_on_examples(model.module, task.example_inputs, model.factory.factory)
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != task.example_inputs[0].shape[:1]:
         msg = f"{model.factory.factory} must return one tensor with a row per sample, got {type(outputs).__name__}"
         raise InputError(msg)
