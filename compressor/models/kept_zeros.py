@@ -33,7 +33,8 @@ class KeptZeros(Attachment):
             kept = count_zeros(parameters[name]) if name in parameters else "no such parameter"
             if not isinstance(kept, int) or kept < promised:
                 msg = (
-                    f"{name} must keep its {promised} zeros, got {kept}; pass the names of `zeros_of` to fit or distil"
+                    f"{name} must keep its {promised} zeros, got {kept}; pass the names of `zeros_of` to fit, or "
+                    "Student.of(model) to distil"
                 )
                 raise StageError(msg)
         return cls(counts)
