@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from compressor.distillation.distillation_settings import DistillationSettings as DistillationSettings
     from compressor.distillation.losses import Losses as Losses
     from compressor.distillation.response import distillation_loss as distillation_loss
+    from compressor.errors import InputError as InputError
+    from compressor.errors import StageError as StageError
     from compressor.models.artifact import Artifact as Artifact
     from compressor.models.artifact import OnnxModel as OnnxModel
     from compressor.models.artifact import TorchModel as TorchModel
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from compressor.models.edits import Edit as Edit
     from compressor.models.edits import structural_edits as structural_edits
     from compressor.models.ensemble import ensemble as ensemble
+    from compressor.models.kept_zeros import zeros_of as zeros_of
     from compressor.records.findings import Document as Document
     from compressor.records.findings import EpochLosses as EpochLosses
     from compressor.records.findings import Finding as Finding
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from compressor.task import accuracy as accuracy
     from compressor.training.fit import fit as fit
     from compressor.training.objective import LabelLoss as LabelLoss
+    from compressor.training.objective import Objective as Objective
+    from compressor.training.sampling import TrainingBatch as TrainingBatch
     from compressor.training.sampling import TrainingData as TrainingData
     from compressor.training.settings import Optimizer as Optimizer
     from compressor.training.settings import TrainingSettings as TrainingSettings
@@ -48,10 +53,12 @@ _HOMES = {
     "Edit": "models.edits",
     "EpochLosses": "records.findings",
     "Finding": "records.findings",
+    "InputError": "errors",
     "Inputs": "task",
     "LabelLoss": "training.objective",
     "Losses": "distillation.losses",
     "Metric": "task",
+    "Objective": "training.objective",
     "OnnxModel": "models.artifact",
     "Optimizer": "training.settings",
     "Reached": "records.findings",
@@ -59,9 +66,11 @@ _HOMES = {
     "Samples": "task",
     "Stage": "stage",
     "StageContext": "stage",
+    "StageError": "errors",
     "Student": "distillation.distil",
     "Task": "task",
     "TorchModel": "models.artifact",
+    "TrainingBatch": "training.sampling",
     "TrainingData": "training.sampling",
     "TrainingSettings": "training.settings",
     "accuracy": "task",
@@ -70,6 +79,7 @@ _HOMES = {
     "ensemble": "models.ensemble",
     "fit": "training.fit",
     "structural_edits": "models.edits",
+    "zeros_of": "models.kept_zeros",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # one list, that of the homes

@@ -7,7 +7,7 @@
   x HostError      exit 7: the machine is at fault: disk, memory, a missing package
   x LockedError    exit 8: another run holds the directory
 
-A message says what must hold, what was found, where, and what to do. Gates are results, not errors: see `report.gate`.
+A message says what must hold, what was found, where, and what to do. Gates are results, not errors: `verdicts.gate`.
 """
 
 from collections.abc import Iterable, Sequence

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -65,9 +66,16 @@ def check_stage(stage: Stage[Any, Any], model: TorchModel, task: Task, *, seed: 
         wanted = model.predict(task.example_inputs).shape
         _require(outputs.shape == wanted, f"outputs must have the shape {tuple(wanted)}", f"got {tuple(outputs.shape)}")
         _require(torch.equal(outputs, second), "the same seed must give the same model", _distance(outputs, second))
-        trusted = trust([stage], model.factory)
-        reloaded = _reload(results[0], task, trusted, Path(name))
+        reloaded = _reload(results[0], task, _trust_after(model, stage), Path(name))
         _require(torch.equal(outputs, reloaded), "outputs must be equal after reloading", _distance(outputs, reloaded))
+
+
+def _trust_after(model: TorchModel, stage: Stage[Any, Any]) -> Trusted:
+    """What a pipeline file names that has `stage` behind the stages which `model` came from."""
+    own = trust([stage], model.factory)
+    builders = {edit.replacement.factory.partition(":")[0] for edit in model.edits if edit.replacement is not None}
+    kinds = [type(attachment) for attachment in model.attachments]
+    return replace(own, modules=own.modules | builders, attachments=(*own.attachments, *kinds))
 
 
 def _apply(stage: Stage[Any, Any], model: TorchModel, task: Task, work_dir: Path, *, seed: int) -> Artifact:

@@ -94,7 +94,7 @@ def run(
 @RUNS
 @DEVICE
 def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> int:
-    """Validate a pipeline FILE and print what a run would do; the user's code is not imported."""
+    """Validate a pipeline FILE and print what a run would do; model and task are not imported."""
     from compressor.config.pipeline_file import load
     from compressor.references.reference import prefer_modules_in
     from compressor.run.keys import forecast

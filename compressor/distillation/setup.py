@@ -5,6 +5,7 @@ from compressor.distillation.learner import layer_pairs, learner
 from compressor.distillation.losses import Losses
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
+from compressor.models.outputs import FORWARD_ERRORS
 from compressor.system.processes import launched
 from compressor.task import Task, batches
 from compressor.training.sampling import TrainingData, draws
@@ -42,7 +43,7 @@ def check_outputs(student: TorchModel, teacher: TorchModel, task: Task, losses: 
     for name, loss in losses.of_responses.items():
         try:
             loss.compare(ours, theirs, batch.targets, 1.0)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except FORWARD_ERRORS as error:
             given = f"outputs {found}, targets {batch.targets.dtype} {tuple(batch.targets.shape)}"
             msg = f"{name} must be able to compare {given} of the train split, but: {error}"
             raise InputError(msg) from error

@@ -11,8 +11,9 @@ from typing import Any
 def share_operator_table() -> Iterator[None]:
     """While the block is open, give each export a copy of one table instead of a table of its own.
 
-    To make it, torch 2.13 reads the source of 500 functions: two thirds of the time of a small export. It has no public
-    way to hand a table over. A torch that keeps its table elsewhere exports as it does by itself.
+    To make it, torch 2.13 reads the source of 500 functions: two thirds of the time of a small export, as
+    findings/torch_rereads_its_onnx_table.sh counts. It has no public way to hand a table over. A torch that keeps its
+    table elsewhere exports as it does by itself.
     """
     registry = _find_registry()
     if registry is None:

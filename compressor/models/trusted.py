@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import final
 
 from compressor.errors import InputError
 from compressor.models.attachment import Attachment
 from compressor.models.edits import Edit
-from compressor.references.reference import Reference, is_path
+from compressor.references.reference import Reference, is_path, load
 
 
 @final
@@ -33,16 +34,25 @@ class Trusted:
         raise InputError(msg)
 
     def check_edits(self, edits: Sequence[Edit], where: str) -> None:
-        """Raise InputError if an edit calls a function that is in no module of a stage."""
+        """Raise InputError if an edit calls anything but a function that the module of a stage defines itself."""
         for edit in edits:
-            if edit.replacement is None or edit.replacement.factory.partition(":")[0] in self.modules:
+            if edit.replacement is None or self._is_own_function(edit.replacement.factory):
                 continue
             known = ", ".join(sorted(self.modules)) or "none"
             msg = (
-                f"what builds the submodule {edit.path!r} of {where} must be a function in the module of a stage that "
-                f"the pipeline names ({known}), got {edit.replacement.factory!r}; define it beside the stage"
+                f"what builds the submodule {edit.path!r} of {where} must be a function that the module of a stage "
+                f"defines, one of the stages that the pipeline names ({known}), got {edit.replacement.factory!r}; "
+                "define it beside the stage"
             )
             raise InputError(msg)
+
+    def _is_own_function(self, name: str) -> bool:
+        # What a module imports is reached through its names too: `stage_module:os.system` would be in it.
+        module, _, function = name.partition(":")
+        if module not in self.modules or not function.isidentifier():
+            return False
+        found = load(name)
+        return isinstance(found, FunctionType) and found.__module__ == module
 
     def attachment(self, name: str, where: str) -> type[Attachment]:
         """Return the class called `name`, `module:Class`. Raises InputError if no stage attaches it."""

@@ -104,8 +104,9 @@ def _obtain(chain: Sequence[Step], run: Run) -> tuple[Obtained, ...]:
             if all(before.reused for before in obtained):
                 _check_models(run)
             entry = compute(step, obtained, run)
-        logger.info("%s: %s", step.name, "taken from the store" if reused else f"{entry.facts['seconds']:.1f} s")
-        obtained.append(Obtained(step, entry, reused))
+        one = Obtained(step, entry, reused)
+        logger.info("%s: %s", step.name, "taken from the store" if reused else f"{one.facts.seconds:.1f} s")
+        obtained.append(one)
     return tuple(obtained)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
-from compressor.models.outputs import run_on_examples
+from compressor.models.outputs import FORWARD_ERRORS, run_on_examples
 from compressor.references.reference import Reference
 from compressor.task import SPLITS, Inputs, Split, Task, batches, uniform_numbers
 
@@ -109,7 +109,7 @@ def check_model(model: TorchModel, task: Task) -> None:
         losses = task.loss(outputs, batch.targets)
         for metric in task.metrics:
             metric.value(metric.statistics(outputs, batch.targets))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except FORWARD_ERRORS as error:
         msg = (
             f"loss and metrics must accept outputs {tuple(outputs.shape)} and targets of the train split, but: {error}"
         )

@@ -64,11 +64,7 @@ class Obtained:
     @cached_property
     def facts(self) -> StepFacts:
         """What is known of the step. Raises InputError if the store holds something else."""
-        try:
-            return StepFacts.model_validate(self.entry.facts)
-        except ValidationError as error:
-            msg = f"{self.entry.directory} must hold the facts of a step, but: {error}; remove it"
-            raise InputError(msg) from error
+        return _read_facts(self.entry)
 
     @property
     def model_file(self) -> Path:
@@ -168,9 +164,17 @@ def _apply(
     return artifact
 
 
+def _read_facts(entry: Entry) -> StepFacts:
+    try:
+        return StepFacts.model_validate(entry.facts)
+    except ValidationError as error:
+        msg = f"{entry.directory} must hold the facts of a step, but: {error}; remove it"
+        raise InputError(msg) from error
+
+
 def _load(entry: Entry, run: Run) -> Artifact:
     directory = entry.directory / "artifact"
-    if entry.facts["artifact"] == OnnxModel.__name__:
+    if _read_facts(entry).artifact == OnnxModel.__name__:
         return OnnxModel.load(directory)
     return TorchModel.load(directory, trusted=run.trusted)
 

@@ -65,8 +65,18 @@ def test_function_outside_the_modules_of_stages_is_not_called(low_rank, tmp_path
         InputError, match=rf"'fc1' of .* \(other\), got '{HERE}:two_layers'; define it beside the stage"
     ):
         TorchModel.load(tmp_path, trusted=Trusted((PLAIN,), frozenset({"other"})))
-    with pytest.raises(InputError, match=r"'fc1' of what a stage gives must be a function in the module"):
+    with pytest.raises(InputError, match=r"'fc1' of what a stage gives must be a function that the module"):
         low_rank.check(Trusted((PLAIN,)), "what a stage gives")
+
+
+@pytest.mark.parametrize("name", ["torch.nn.Linear", "nn.Linear", "structural_edits", "plain.fget", "Reference"])
+def test_only_functions_that_the_module_of_a_stage_defines_are_called(name, low_rank, tmp_path, monkeypatch):
+    low_rank.save(tmp_path)
+    file = tmp_path / "model.json"
+    file.write_text(file.read_text().replace(f"{HERE}:two_layers", f"{HERE}:{name}"))
+    monkeypatch.setattr(Reference, "call", lambda _reference: pytest.fail("called"))
+    with pytest.raises(InputError, match=r"(must be a function that the module of a stage|must exist)"):
+        TorchModel.load(tmp_path, trusted=Trusted((PLAIN,), frozenset({HERE})))
 
 
 def test_replaced_layers_can_be_pruned_trained_and_born_again(low_rank, digits_task, tmp_path):
