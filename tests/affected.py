@@ -3,15 +3,16 @@
 Nothing is listed by hand. The folders of the tests mirror those of the package, and the files say what they import:
 
 - a test file that changed runs;
-- for a file in `compressor/ROOM/`, the tests in `tests/ROOM/` run, and those elsewhere that import the file;
-- for any other Python file, the tests that import it run; in a folder of tests, those of the folder;
-- for a file of another kind, the tests that name it run.
+- for any file, the tests that import it or name it run;
+- for a file in `compressor/ROOM/`, or one in `tests/ROOM/` that tests share, those in `tests/ROOM/` run too;
+- for a `conftest.py`, all tests in its folder run, and below.
 
 What changed is what differs from the point where the branch left `main`, committed or not. A test may also depend on a
 file by way of another, so `make test`, which runs all, has the last word.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -27,22 +28,31 @@ def affected_tests(changed: Iterable[str], sources: Mapping[str, str]) -> list[s
     tests = {path: text for path, text in sources.items() if PurePosixPath(path).name.startswith("test_")}
     imports = {path: imported_modules(text) for path, text in tests.items()}
     return sorted(
-        path for path in tests for file in changed if _concerns(PurePosixPath(file), path, tests[path], imports[path])
+        path
+        for path in tests
+        if any(_concerns(PurePosixPath(file), path, tests[path], imports[path]) for file in changed)
     )
 
 
 def _concerns(file: PurePosixPath, test: str, text: str, imports: frozenset[str]) -> bool:
     """Whether a change of `file` needs the test file `test`, with this text and these imports, to run."""
-    if file.suffix != ".py":
-        return file.name in text
-    if str(file) == test or not imports.isdisjoint(module_names(file)):
+    if str(file) == test or not imports.isdisjoint(module_names(file)) or _names(text, file.name):
         return True
+    if file.name == "conftest.py":
+        return PurePosixPath(test).is_relative_to(file.parent)
     in_a_room = file.parts[0] in {"compressor", "tests"} and len(file.parts) > 2 and not file.name.startswith("test_")
     return in_a_room and PurePosixPath(test).parts[:2] == ("tests", file.parts[1])
 
 
+def _names(text: str, name: str) -> bool:
+    """Whether a text has the name of a file, not as the end of a longer name."""
+    return re.search(rf"(?<![\w.-]){re.escape(name)}", text) is not None
+
+
 def module_names(file: PurePosixPath) -> frozenset[str]:
     """What a Python file can be imported as: `tests/report/page.py` is also `report.page` and `page`."""
+    if file.suffix != ".py":
+        return frozenset()
     parts = file.with_suffix("").parts
     whole = parts[:-1] if parts[-1] == "__init__" else parts
     starts = range(1 if parts[0] == "compressor" else len(whole))
@@ -73,6 +83,10 @@ def changed_files(root: Path) -> list[str]:
 
 def main(rooms: list[str]) -> int:
     """Run the tests of `rooms`, or those that what changed needs."""
+    with_tests = sorted({file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")})
+    if unknown := set(rooms).difference(with_tests):
+        sys.stderr.write(f"no tests/{min(unknown)}; the rooms with tests are {', '.join(with_tests)}\n")
+        return 2
     sources = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / "tests").rglob("*.py")}
     chosen = [f"tests/{room}" for room in rooms] or affected_tests(changed_files(ROOT), sources)
     if not chosen:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from affected import affected_tests, changed_files
+from affected import affected_tests, changed_files, main
 
 SOURCES = {
     "tests/networks.py": "from compressor.models.layers import layers",
@@ -13,7 +13,8 @@ SOURCES = {
     "tests/models/test_edits.py": "from compressor.models.edits import edit",
     "tests/pruning/test_groups.py": "import compressor.models.layers\nfrom tests.networks import PlainNetwork",
     "tests/pruning/test_goals.py": "from compressor.pruning import goals\nfrom test_groups import cut",
-    "tests/test_documents.py": "README = Path('README.md')\nfrom compressor.task import Task",
+    "tests/test_documents.py": "README = Path('README.md'), Path('docs/stages.py')\nfrom compressor.task import Task",
+    "tests/report/test_page.py": "from compressor.report.page.html import page",
 }
 
 
@@ -36,7 +37,19 @@ SOURCES = {
         ),
         pytest.param("compressor/pruning/goals.py", ["pruning/test_goals", "pruning/test_groups"], id="a submodule"),
         pytest.param("compressor/task.py", ["test_documents"], id="the root of the package"),
+        pytest.param(
+            "compressor/models/layers.html", ["models/test_edits", "models/test_layers"], id="a room's file of any kind"
+        ),
+        pytest.param("compressor/report/page/templates/page.css", ["report/test_page"], id="a folder of a room"),
         pytest.param("README.md", ["test_documents"], id="a document"),
+        pytest.param("docs/stages.py", ["test_documents"], id="a script that a test names"),
+        pytest.param("my_README.md", [], id="a longer name"),
+        pytest.param("tests/models/conftest.py", ["models/test_edits", "models/test_layers"], id="a room's fixtures"),
+        pytest.param(
+            "tests/conftest.py",
+            [path.removeprefix("tests/").removesuffix(".py") for path in sorted(SOURCES) if "/test_" in path],
+            id="fixtures of all",
+        ),
         pytest.param("LICENSE", [], id="what no test names"),
     ],
 )
@@ -48,7 +61,12 @@ def test_each_room_of_the_package_has_tests_of_its_own() -> None:
     root = Path(__file__).parents[1]
     rooms = {file.parent.name for file in root.glob("compressor/*/__init__.py")}
     without = {room for room in rooms if not list((root / "tests" / room).glob("test_*.py"))}
-    assert without <= {"text"}  # tests/report reads what it writes
+    assert without == set()
+
+
+def test_room_without_tests_is_refused_with_those_that_have_some(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prunning"]) == 2
+    assert "no tests/prunning; the rooms with tests are cli, config, " in capsys.readouterr().err
 
 
 def git(directory: Path, *arguments: str) -> None:

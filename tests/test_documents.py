@@ -40,7 +40,10 @@ def rows(page: str, section: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def generated():
-    """What the pages take from the code: page, name of its marks, text."""
+    """What the pages take from the code: page, name of its marks, text.
+
+    docs/stages.py makes what they say of settings; docs/architecture.py the floors of pyproject.toml, rooms and files.
+    """
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])

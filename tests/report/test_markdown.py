@@ -3,7 +3,6 @@ import shlex
 import subprocess
 import sys
 
-import pytest
 from example_report import chain, classifiers, fidelity, latency, prepared, report, row
 
 from compressor.records.measurements import MetricInfo
@@ -150,26 +149,6 @@ def test_names_of_classes_cannot_bring_html_markup_or_cells_into_the_report():
         assert text.count(character) == text.count(f"\\{character}")
     cells = [line.replace("\\|", "").count("|") for line in rows]
     assert cells == [4] * 8 + [6] * 4 + [7] * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "written"),
-    [
-        ("__init__ and _fc_", r"\_\_init\_\_ and \_fc\_"),
-        ("# heading", r"\# heading"),
-        ("> quoted", r"\> quoted"),
-        ("- listed", r"\- listed"),
-        ("1. numbered", r"1\. numbered"),
-        ("12) numbered", r"12\) numbered"),
-        ("$x$", r"\$x\$"),
-        ("http://e.com www.e.com a@e.com @all", r"http\://e.com www\.e.com a\@e.com \@all"),
-        ("1.5 points, 2:4, 7.", "1.5 points, 2:4, 7."),
-        ("magnitude_pruning: -0.83 points, a > b # c", "magnitude_pruning: -0.83 points, a > b # c"),
-        ("-0.83 points", "-0.83 points"),
-    ],
-)
-def test_names_cannot_begin_emphasis_or_a_block(name, written):
-    assert escape(name) == written
 
 
 def test_facts_that_the_system_does_not_tell_are_unknown():
