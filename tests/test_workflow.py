@@ -1,5 +1,6 @@
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_every_make_target_exists(workflow):
     assert targets == ["lint", "test", "demo"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_what_the_jobs_install_has_one_pinned_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["examples"], *extras["dev"]]
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    names = {canonical(re.split(r"[<>=\[]", requirement)[0]) for requirement in asked} - {"compressor"}
+    assert names - {canonical(name) for name in pinned} == set()
+
+
+def canonical(name: str) -> str:
+    """As an index of packages writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_the_benchmark_is_gated_by_files_that_are_there(workflow):
