@@ -1,4 +1,4 @@
-"""How many units each group loses, and so which: from a share of all channels to a plan."""
+"""How many units each group loses, and so which: from a share of all channels to the units to remove."""
 
 import math
 from collections import defaultdict

@@ -67,26 +67,26 @@ def prunable_groups(
     return groups
 
 
-def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], plan: Removal) -> Pruned:
-    """Return a copy of `module` without the units of `plan`.
+def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], removal: Removal) -> Pruned:
+    """Return a copy of `module` without the units of `removal`.
 
     The copy is proven before it is returned: it runs, keeps the shape of its outputs, and answers as `module` does when
     nothing reads those units. Normalizations that average over the units are left out of this proof.
 
-    Raises StageError if the proof fails, if a group would lose all, or if the plan is empty.
+    Raises StageError if the proof fails, if a group would lose all, or if `removal` is empty.
     """
-    if not any(plan.values()):
+    if not any(removal.values()):
         sizes = sorted({group.units for group in groups})
         msg = (
             f"pruning must remove a channel, but what is asked leaves groups of {sizes} whole; lower round_to or raise "
             "pruning_ratio"
         )
         raise StageError(msg)
-    check_cut(module, groups, plan, example_inputs)
-    smaller = without(module, groups, plan)
+    check_cut(module, groups, removal, example_inputs)
+    smaller = without(module, groups, removal)
     channels = {}
     for group in groups:
-        kept = group.units - len(plan.get(group.path, ()))
+        kept = group.units - len(removal.get(group.path, ()))
         channels[group.path] = (kept * group.channels_per_unit, group.units * group.channels_per_unit)
     return Pruned(smaller, channels)
 

@@ -56,6 +56,6 @@ class Cuttable:
         """The units to remove so that each group loses as many as `counts` says."""
         return first(self.groups, self.scores, counts)
 
-    def cut(self, plan: Removal) -> Pruned:
-        """Remove the units of `allocate`, as `prune_channels` does."""
-        return prune_channels(self.model.module, self.task.example_inputs, self.groups, plan)
+    def cut(self, removal: Removal) -> Pruned:
+        """Remove the units of `removal`, as `prune_channels` does."""
+        return prune_channels(self.model.module, self.task.example_inputs, self.groups, removal)

@@ -85,11 +85,11 @@ def channel_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequen
 
 def _is_proven(module: nn.Module, group: Group, example_inputs: Inputs, shape: Sequence[int]) -> bool:
     """Whether the group may be cut: not if it makes the output. Raises StageError if its use cannot be followed."""
-    plan = {group.path: tuple(range(0, group.units - group.units % 2, 2))}
-    smaller = without(module, [group], plan)
+    removal = {group.path: tuple(range(0, group.units - group.units % 2, 2))}
+    smaller = without(module, [group], removal)
     if run(smaller, example_inputs).shape != shape:
         return False
-    check_cut(module, [group], plan, example_inputs)
+    check_cut(module, [group], removal, example_inputs)
     return True
 
 

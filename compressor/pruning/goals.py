@@ -68,9 +68,9 @@ class GoalResult:
     """The pruned module that meets a goal, and the cut that it took."""
 
     pruned: Pruned
-    plan: Removal
+    removal: Removal
     pruning_ratio: float
-    """What was asked of the allocation to get `plan`; `pruned.pruning_ratio` is the share that left."""
+    """What was asked of the allocation to get `removal`; `pruned.pruning_ratio` is the share that left."""
     achieved: float
 
 
@@ -78,43 +78,44 @@ def reach(
     goal: Goal,
     module: nn.Module,
     *,
-    plan_of: Callable[[float], Removal],
+    removal_of: Callable[[float], Removal],
     cut: Callable[[Removal], Pruned],
     measure: Measure,
     log: Callable[[str], None],
 ) -> GoalResult:
     """Find the smallest cut of `module` that meets `goal`, by bisection over the pruning ratio.
 
-    `plan_of` takes a ratio in (0, 1); for a larger ratio it must remove the same units and more. No plan is measured
-    twice. The result met the goal when it was measured, and the next smaller plan did not. A `latency_ratio` ends the
-    search sooner if it is at most 1 % above what was asked: times are measured no better than that.
+    `removal_of` takes a ratio in (0, 1); for a larger ratio it must give the same units and more. No removal is
+    measured twice. The result met the goal when it was measured, and the next smaller removal did not. A
+    `latency_ratio` ends the search sooner if it is at most 1 % above what was asked: times are measured no better than
+    that.
 
     Raises StageError if `module` meets the goal uncut, or if the largest cut does not meet it; the message says what
     was found.
     """
     check_unmet(goal, measure(module))
 
-    def cut_and_measure(pruning_ratio: float, plan: Removal) -> GoalResult:
-        pruned = cut(plan)
-        result = GoalResult(pruned, plan, pruning_ratio, measure(pruned.module))
+    def cut_and_measure(pruning_ratio: float, removal: Removal) -> GoalResult:
+        pruned = cut(removal)
+        result = GoalResult(pruned, removal, pruning_ratio, measure(pruned.module))
         values = f"{goal.quantity} {goal.show(goal.asked)} asked, {goal.show(result.achieved)} achieved"
         log(f"{values} with {pruned.pruning_ratio:.1%} of the channels removed")
         return result
 
-    best = cut_and_measure(LARGEST, _removing(plan_of(LARGEST)))
+    best = cut_and_measure(LARGEST, _removing(removal_of(LARGEST)))
     check_reachable(goal, best.achieved)
     low, too_little = 0.0, _removing({})
     while best.pruning_ratio - low > _RESOLUTION and not goal.is_met_closely(best.achieved):
         middle = (low + best.pruning_ratio) / 2
-        plan = _removing(plan_of(middle))
-        if plan == too_little:
+        removal = _removing(removal_of(middle))
+        if removal == too_little:
             low = middle
-        elif plan == best.plan:
+        elif removal == best.removal:
             best = replace(best, pruning_ratio=middle)
-        elif goal.is_met((result := cut_and_measure(middle, plan)).achieved):
+        elif goal.is_met((result := cut_and_measure(middle, removal)).achieved):
             best = result
         else:
-            low, too_little = middle, plan
+            low, too_little = middle, removal
     return best
 
 
@@ -135,9 +136,9 @@ def check_reachable(goal: Goal, best: float) -> None:
         raise StageError(msg)
 
 
-def _removing(plan: Removal) -> Removal:
-    """`plan` without the groups that stay whole, so that equal cuts are equal plans."""
-    return {path: units for path, units in plan.items() if units}
+def _removing(removal: Removal) -> Removal:
+    """`removal` without the groups that stay whole, so that equal cuts are equal removals."""
+    return {path: units for path, units in removal.items() if units}
 
 
 @contextmanager

@@ -199,11 +199,11 @@ def _curve(
     removed: tuple[int, ...] = ()
     value, values = uncut, []
     for ratio in grid:
-        plan = by_ratios({group.path: ratio}, [group], channel_scores, step_of=multiples_of(1))
-        if plan[group.path] != removed:  # else a small group loses no further unit
-            removed = plan[group.path]
+        removal = by_ratios({group.path: ratio}, [group], channel_scores, step_of=multiples_of(1))
+        if removal[group.path] != removed:  # else a small group loses no further unit
+            removed = removal[group.path]
             what = f"{group.path} cut by {ratio:g}; leave that out of the grid"
-            value = evaluate_module(without(module, [group], plan), what)
+            value = evaluate_module(without(module, [group], removal), what)
         values.append(value)
     return GroupCurve(channels=_channels(group), values=tuple(values))
 

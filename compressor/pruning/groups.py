@@ -66,15 +66,15 @@ Removal: TypeAlias = Mapping[str, tuple[int, ...]]
 """Units to remove, by the path of their group."""
 
 
-def without(module: nn.Module, groups: Sequence[Group], plan: Removal) -> nn.Module:
-    """Return a copy of `module` in evaluation mode without the units of `plan`; tensors are cut, sizes follow.
+def without(module: nn.Module, groups: Sequence[Group], removal: Removal) -> nn.Module:
+    """Return a copy of `module` in evaluation mode without the units of `removal`; tensors are cut, sizes follow.
 
     Raises StageError if a group would keep no unit.
     """
     entries: dict[tuple[str, str, int], set[int]] = defaultdict(set)
     falls: dict[tuple[str, str, int | None], int] = defaultdict(int)
     for group in groups:
-        removed = plan.get(group.path, ())
+        removed = removal.get(group.path, ())
         if len(removed) >= group.units:
             msg = f"{group.path} must keep one of its {group.units} {group.kind}, but all are to be removed"
             raise StageError(msg)
@@ -92,26 +92,26 @@ def without(module: nn.Module, groups: Sequence[Group], plan: Removal) -> nn.Mod
     return smaller
 
 
-def silence(module: nn.Module, groups: Sequence[Group], plan: Removal) -> nn.Module:
-    """Return a copy of `module` in evaluation mode in which nothing reads the units of `plan`: of equal size."""
+def silence(module: nn.Module, groups: Sequence[Group], removal: Removal) -> nn.Module:
+    """Return a copy of `module` in evaluation mode in which nothing reads the units of `removal`: of equal size."""
     silent = copy.deepcopy(module).eval()
     for group in groups:
         for member in group.members:
             if member.reads:
                 tensor = getattr(silent.get_submodule(member.path), member.name)
-                gone = torch.tensor(sorted(_entries(member, plan.get(group.path, ()))), dtype=torch.long)
+                gone = torch.tensor(sorted(_entries(member, removal.get(group.path, ()))), dtype=torch.long)
                 tensor.data.index_fill_(member.dim, gone.to(tensor.device), 0)
     return silent
 
 
-def check_cut(module: nn.Module, groups: Sequence[Group], plan: Removal, example_inputs: Inputs) -> None:
-    """Raise StageError unless `module` without the units of `plan` answers as if nothing read them.
+def check_cut(module: nn.Module, groups: Sequence[Group], removal: Removal, example_inputs: Inputs) -> None:
+    """Raise StageError unless `module` without the units of `removal` answers as if nothing read them.
 
     In this comparison, normalizations that average over units divide by one number instead: the size of their inputs.
     """
-    averaging = sorted({path for group in groups if plan.get(group.path) for path in group.averaging})
+    averaging = sorted({path for group in groups if removal.get(group.path) for path in group.averaging})
     proven = _without_averages(module, averaging, example_inputs) if averaging else module
-    check_equal(without(proven, groups, plan), silence(proven, groups, plan), example_inputs)
+    check_equal(without(proven, groups, removal), silence(proven, groups, removal), example_inputs)
 
 
 def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *, tolerance: float = 1e-4) -> None:

@@ -86,8 +86,8 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     groups = _proven(module, [guess for guess in guesses if not is_protected(guess, protect)], example_inputs)
     check_unshared(module, groups)
     groups.sort(key=lambda group: list(calls).index(group.path))
-    plan = {group.path: (group.units // 2,) for group in groups if group.units > 1}
-    check_equal(without(module, groups, plan), silence(module, groups, plan), example_inputs)
+    removal = {group.path: (group.units // 2,) for group in groups if group.units > 1}
+    check_equal(without(module, groups, removal), silence(module, groups, removal), example_inputs)
     left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_modules_with_heads(module, groups, (*protect, *multihead))}
     return TransformerUnits(tuple(groups), left_whole)
 
@@ -271,12 +271,12 @@ def _randomize(root: nn.Module, guess: Guess) -> nn.Module:
 
 
 def _proves(root: nn.Module, group: Group, removed: Units, inputs: _Captured, reader: str) -> bool:
-    plan = {group.path: tuple(removed)}
+    removal = {group.path: tuple(removed)}
     try:
-        cut = _run_alone(without(root, [group], plan), inputs, reader)
+        cut = _run_alone(without(root, [group], removal), inputs, reader)
     except (*FORWARD_ERRORS, ZeroDivisionError):
         return False  # sizes that do not follow show first as shapes that do not fit
-    silent = _run_alone(silence(root, [group], plan), inputs, reader)
+    silent = _run_alone(silence(root, [group], removal), inputs, reader)
     return all(relative_error(*pair) <= TOLERANCE for pair in zip(cut, silent, strict=True))
 
 

@@ -122,10 +122,10 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
 
     def _courses(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[Counts]:
         """How many units each group loses at each step."""
-        plan_of = partial(cuttable.choose, step_of=self._step_of(context.log))
+        removal_of = partial(cuttable.choose, step_of=self._step_of(context.log))
         if self.goal is None:
             ratio = self.pruning_ratio or 0.0
-            whole = plan_of(ratio)
+            whole = removal_of(ratio)
             achieved = cuttable.cut(whole).pruning_ratio
             context.report(Reached(setting="pruning_ratio", asked=ratio, achieved=achieved))
         else:
@@ -133,15 +133,15 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
                 found = reach(
                     self.goal,
                     cuttable.model.module,
-                    plan_of=plan_of,
+                    removal_of=removal_of,
                     cut=cuttable.cut,
                     measure=measure,
                     log=context.log,
                 )
-            ratio, whole = found.pruning_ratio, found.plan
+            ratio, whole = found.pruning_ratio, found.removal
             context.report(Reached(setting=self.goal.quantity, asked=self.goal.asked, achieved=found.achieved))
         before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
-        totals = [_count(plan) for plan in (*map(plan_of, before), whole)]
+        totals = [_count(removal) for removal in (*map(removal_of, before), whole)]
         return [total - last for last, total in pairwise([Counter[str](), *totals])]
 
     def _cuttable(self, model: TorchModel, task: Task, *, log: Callable[[str], None] = lambda _line: None) -> Cuttable:
@@ -157,8 +157,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
         return multiples_that_fit(step)
 
 
-def _count(plan: Removal) -> Counter[str]:
-    return Counter({path: len(units) for path, units in plan.items()})
+def _count(removal: Removal) -> Counter[str]:
+    return Counter({path: len(units) for path, units in removal.items()})
 
 
 def _with(model: TorchModel, pruned: Pruned) -> TorchModel:

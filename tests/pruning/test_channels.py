@@ -184,7 +184,7 @@ def test_one_module_in_two_places_is_one_layer(digits_task):
     assert paths(module, digits_task) == ["stem"]
 
 
-def test_plan_that_removes_nothing_is_refused(digits_task):
+def test_removal_of_nothing_is_refused(digits_task):
     with pytest.raises(StageError, match=r"leaves groups of \[16, 32, 64\] whole; lower round_to"):
         pruned(PlainNetwork(), digits_task.example_inputs, pruning_ratio=0.1, round_to=64)
 

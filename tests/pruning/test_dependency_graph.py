@@ -234,7 +234,7 @@ def positions(group: Group, removed: tuple[int, ...], reader: Reader = R) -> lis
     ]
 
 
-def answers_with_zeros(module: nn.Module, case: Case, groups, plan, images: Tensor) -> Tensor:
+def answers_with_zeros(module: nn.Module, case: Case, groups, removal, images: Tensor) -> Tensor:
     """What `module` gives when the inputs of every reader that come from removed units are set to zero."""
     hooks = []
 
@@ -257,11 +257,11 @@ def answers_with_zeros(module: nn.Module, case: Case, groups, plan, images: Tens
     for group in groups:
         for path, reader in case.readers[group.path].items():
             layer = module.get_submodule(path)
-            gone = positions(group, plan[group.path], reader)
+            gone = positions(group, removal[group.path], reader)
             dim = -1 if isinstance(layer, nn.Linear) else 1
             hooks.append(layer.register_forward_pre_hook(zero(gone, dim)))
     first = groups[0]
-    kept = sorted(set(range(first.units * first.channels_per_unit)) - set(positions(first, plan[first.path])))
+    kept = sorted(set(range(first.units * first.channels_per_unit)) - set(positions(first, removal[first.path])))
     hooks += [module.get_submodule(path).register_forward_hook(over_kept(kept)) for path in case.norms]
     with torch.no_grad():
         answers = module(images)
@@ -301,11 +301,11 @@ def test_cut_network_answers_like_one_whose_readers_get_zeros(case, digits_task)
     images = digits_task.test.inputs[0][:8].double()
     groups = channel_groups(module, (images[:2],))
     assert {group.path: (group.units, group.channels_per_unit) for group in groups} == case.groups
-    plan = {group.path: some_of(group) for group in groups}
-    smaller = without(module, groups, plan)
+    removal = {group.path: some_of(group) for group in groups}
+    smaller = without(module, groups, removal)
     with torch.no_grad():
         found = smaller(images)
-    wanted = answers_with_zeros(module, case, groups, plan, images)
+    wanted = answers_with_zeros(module, case, groups, removal, images)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)  # float64 sums in another order
     assert (wanted - module(images)).abs().max() > 1e-3  # what left did something
     assert_sizes_are_those_of_the_tensors(smaller)

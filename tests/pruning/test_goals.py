@@ -32,7 +32,7 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
     score, step_of = scores("l2", module, groups, task), multiples_of(round_to)
     log: list[str] = []
 
-    def plan_of(pruning_ratio: float) -> Removal:
+    def removal_of(pruning_ratio: float) -> Removal:
         return allocate(
             allocation, module, groups, score, comparable=False, pruning_ratio=pruning_ratio, step_of=step_of
         )
@@ -41,7 +41,7 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
         reached = reach(
             goal,
             module,
-            plan_of=plan_of,
+            removal_of=removal_of,
             cut=lambda chosen: prune_channels(module, task.example_inputs, groups, chosen),
             measure=measure,
             log=log.append,
@@ -58,17 +58,17 @@ def macs(module: nn.Module, task) -> float:
 
 @dataclass(frozen=True)
 class Counted:
-    """Stands for what `cut` gives where only the order of plans matters: units removed."""
+    """Stands for what `cut` gives where only the order of removals matters: units removed."""
 
     module: nn.Module
     removed: int
     pruning_ratio: float
 
 
-def staircase_search(thresholds: list, values: list, goal: Goal, measured_plans: list):
-    """Search over synthetic plans: unit k leaves where the ratio passes threshold k, and k units gone give value k."""
+def staircase_search(thresholds: list, values: list, goal: Goal, measured_removals: list):
+    """Search over synthetic removals: unit k leaves where the ratio passes threshold k; k units gone give value k."""
 
-    def plan_of(ratio: float) -> dict:
+    def removal_of(ratio: float) -> dict:
         return {"layer": tuple(range(sum(ratio >= threshold for threshold in thresholds)))}
 
     def cut(chosen: dict) -> Counted:
@@ -79,10 +79,10 @@ def staircase_search(thresholds: list, values: list, goal: Goal, measured_plans:
 
     def measure(module: nn.Module) -> float:
         removed = getattr(module, "removed", 0)
-        measured_plans.append(removed)
+        measured_removals.append(removed)
         return values[removed]
 
-    return reach(goal, nn.Identity(), plan_of=plan_of, cut=cut, measure=measure, log=lambda _line: None)
+    return reach(goal, nn.Identity(), removal_of=removal_of, cut=cut, measure=measure, log=lambda _line: None)
 
 
 _thresholds = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=40).map(sorted)
@@ -90,51 +90,51 @@ _thresholds = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=40).map(s
 
 @settings(max_examples=200, deadline=None)
 @given(_thresholds, st.data())
-def test_the_smallest_plan_that_meets_a_goal_is_found_and_none_is_measured_twice(thresholds, data):
+def test_the_smallest_removal_that_meets_a_goal_is_found_and_none_is_measured_twice(thresholds, data):
     count = len(thresholds)
     falls = data.draw(st.lists(st.integers(1, 100), min_size=count, max_size=count))
     values = [10_000 - sum(falls[:removed]) for removed in range(count + 1)]
     asked = data.draw(st.integers(values[-1], values[0] - 1))
-    plans: list[int] = []
-    reached = staircase_search(thresholds, values, Goal("parameters", asked), plans)
-    removed = len(reached.plan["layer"])
+    removals: list[int] = []
+    reached = staircase_search(thresholds, values, Goal("parameters", asked), removals)
+    removed = len(reached.removal["layer"])
     assert reached.achieved == values[removed] <= asked
     smaller = [k for k in {sum(t <= end for t in thresholds) for end in thresholds} | {0} if k < removed]
     near = [k for k in smaller if k and thresholds[removed - 1] - thresholds[k - 1] > 1e-8]
     assert all(values[k] > asked for k in (*near, 0))
-    assert len(set(plans)) == len(plans)
+    assert len(set(removals)) == len(removals)
 
 
 @settings(max_examples=200, deadline=None)
 @given(_thresholds, st.data())
-def test_whatever_the_noise_the_result_met_the_goal_and_the_plan_before_it_did_not(thresholds, data):
+def test_whatever_the_noise_the_result_met_the_goal_and_the_removal_before_it_did_not(thresholds, data):
     count = len(thresholds)
     noise = data.draw(st.lists(st.floats(0.9, 1.1), min_size=count, max_size=count))
     values = [1.0, *((1 + removed) * factor for removed, factor in enumerate(noise, start=1))]
     goal = Goal("latency_ratio", data.draw(st.floats(1.01, values[-1])))
-    plans: list[int] = []
-    reached = staircase_search(thresholds, values, goal, plans)
-    removed = len(reached.plan["layer"])
+    removals: list[int] = []
+    reached = staircase_search(thresholds, values, goal, removals)
+    removed = len(reached.removal["layer"])
     assert reached.achieved == values[removed] >= goal.asked
     close = reached.achieved <= goal.asked * 1.01
-    below = max(k for k in plans if k < removed)
+    below = max(k for k in removals if k < removed)
     assert close or values[below] < goal.asked
-    assert len(set(plans)) == len(plans)
+    assert len(set(removals)) == len(removals)
 
 
-def test_the_search_measures_about_as_many_plans_as_the_logarithm_of_their_number():
+def test_the_search_measures_about_as_many_removals_as_the_logarithm_of_their_number():
     thresholds = [(unit + 0.5) / 4096 for unit in range(4096)]
-    plans: list[int] = []
-    staircase_search(thresholds, list(range(4096, -1, -1)), Goal("parameters", 1234), plans)
-    assert len(plans) <= math.log2(4096) + 3  # uncut, the largest cut, and one for the ends
+    removals: list[int] = []
+    staircase_search(thresholds, list(range(4096, -1, -1)), Goal("parameters", 1234), removals)
+    assert len(removals) <= math.log2(4096) + 3  # uncut, the largest cut, and one for the ends
 
 
 def test_the_first_timing_within_its_precision_ends_the_search():
     thresholds = [(unit + 0.5) / 4096 for unit in range(4096)]
-    plans: list[int] = []
+    removals: list[int] = []
     values = [1 + removed / 4096 for removed in range(4097)]
-    reached = staircase_search(thresholds, values, Goal("latency_ratio", 1.499), plans)
-    assert len(plans) == 3  # uncut, the largest cut, half
+    reached = staircase_search(thresholds, values, Goal("latency_ratio", 1.499), removals)
+    assert len(removals) == 3  # uncut, the largest cut, half
     assert reached.achieved == pytest.approx(1.5)
 
 

@@ -74,10 +74,10 @@ def measured(model, groups, task: Task, *, samples: int = 2000, criterion="l2", 
 def test_each_value_is_that_of_the_model_in_which_nothing_reads_those_channels(found, model, groups, digits_task):
     scored = scores("l2", model.module, groups, digits_task)
     for group in groups:
-        plan = by_ratios({group.path: 0.5}, [group], scored, step_of=multiples_of(1))
-        silent = silence(model.module, [group], plan)
+        removal = by_ratios({group.path: 0.5}, [group], scored, step_of=multiples_of(1))
+        silent = silence(model.module, [group], removal)
         wanted = evaluate(digits_task.metrics, replace(model, module=silent).predict, digits_task.validation)
-        assert len(plan[group.path]) == group.units // 2
+        assert len(removal[group.path]) == group.units // 2
         assert found.groups[group.path].values[1] == wanted["accuracy"]
 
 
@@ -127,15 +127,15 @@ def test_larger_ratio_removes_the_same_units_and_more(found, model, groups, digi
     before = {group.path: set() for group in groups}
     for percent in range(2, 100, 2):
         shares = ratios_by_sensitivity(found, groups, pruning_ratio=percent / 100)
-        plan = by_ratios(shares, groups, scored, step_of=multiples_of(4))
-        assert all(before[path] <= set(units) for path, units in plan.items())
-        before = {path: set(units) for path, units in plan.items()}
+        removal = by_ratios(shares, groups, scored, step_of=multiples_of(4))
+        assert all(before[path] <= set(units) for path, units in removal.items())
+        before = {path: set(units) for path, units in removal.items()}
 
 
 def test_no_group_is_emptied(found, model, groups, digits_task):
     ratios = ratios_by_sensitivity(found, groups, pruning_ratio=0.999)
-    plan = by_ratios(ratios, groups, scores("l2", model.module, groups, digits_task), step_of=multiples_of(1))
-    assert [group.units - len(plan[group.path]) for group in groups] == [1, 1, 1]
+    removal = by_ratios(ratios, groups, scores("l2", model.module, groups, digits_task), step_of=multiples_of(1))
+    assert [group.units - len(removal[group.path]) for group in groups] == [1, 1, 1]
 
 
 def test_groups_that_do_not_matter_lose_equal_shares(model, groups, digits_task):

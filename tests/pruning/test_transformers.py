@@ -135,13 +135,13 @@ def sharpen_in_place(module):
             layer.weight.data.mul_(1.5 / (layer.weight.std() * layer.in_features**0.5))
 
 
-def plan_of(groups):
+def removal_of(groups):
     return {group.path: (1,) if group.kind == "heads" else (0, 3, group.units - 1) for group in groups}
 
 
 def pruned(model, inputs):
     groups = transformer_groups(model.module, (inputs,))
-    smaller = without(model.module, groups, plan_of(groups))
+    smaller = without(model.module, groups, removal_of(groups))
     return model.with_module(smaller, *structural_edits(model.module, smaller))
 
 
@@ -170,8 +170,8 @@ def test_pruned_model_answers_like_one_whose_units_are_silent(case, digits_task)
     groups = transformer_groups(model.module, (inputs,))
     wide = model.module.double()  # so that rounding cannot hide a small fault
     inputs = (inputs if case.tokens else inputs.double(),)
-    silent = silence(wide, groups, plan_of(groups))
-    check_equal(without(wide, groups, plan_of(groups)), silent, inputs, tolerance=1e-6)
+    silent = silence(wide, groups, removal_of(groups))
+    check_equal(without(wide, groups, removal_of(groups)), silent, inputs, tolerance=1e-6)
     with pytest.raises(StageError, match="its outputs differ by"):
         check_equal(wide, silent, inputs, tolerance=1e-3)  # what the removed units did is no trifle
 
@@ -207,12 +207,12 @@ def test_rows_cut_without_their_attribute_run_and_give_other_numbers(digits_task
     sharpen_in_place(module)
     groups = transformer_groups(module, inputs)
     careless = tuple(replace(group, sizes=()) for group in groups)
-    plan = {"blocks.0.attn.q": (1,)}
-    smaller = without(module, careless, plan)
+    removal = {"blocks.0.attn.q": (1,)}
+    smaller = without(module, careless, removal)
     assert run(smaller, inputs).shape == (2, 10)
     with pytest.raises(StageError, match="its outputs differ by"):
-        check_equal(smaller, silence(module, groups, plan), inputs)
-    check_equal(without(module, groups, plan), silence(module, groups, plan), inputs)
+        check_equal(smaller, silence(module, groups, removal), inputs)
+    check_equal(without(module, groups, removal), silence(module, groups, removal), inputs)
 
 
 def test_bert_without_half_of_each_head_runs_and_gives_other_numbers(digits_task):
