@@ -10,8 +10,6 @@ from compressor.config.pipeline_file import json_schema
 
 Schema: TypeAlias = Mapping[str, Any]
 
-GLOSSARY = "[glossary](glossary.md)"
-"""Where the keys are explained that many settings share."""
 RANGES = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
@@ -20,6 +18,8 @@ def reference() -> str:
     file = json_schema()
     definitions = file["definitions"]
     titles = {name: name for name in definitions}
+    for name, schema in definitions["Losses"]["properties"].items():  # YAML names a loss by its key, not by its class
+        titles |= dict.fromkeys(find_references(schema), name)
     overview = ["| stage | what it does | takes → gives |", "|---|---|---|"]
     sections = []
     for listing in describe_stages():
@@ -57,11 +57,11 @@ def describe(definition: Schema, title: str, definitions: Mapping[str, Schema], 
 
 
 def explain(schema: Schema, definitions: Mapping[str, Schema]) -> str:
-    """What a key means: as its own docstring says, or that of the class of its value, or the glossary."""
+    """What a key means: as its own docstring says, or that of the class of its value."""
     told = [schema.get("description", "")]
     if not takes_number(schema):
         told += [definitions[target].get("description", "").partition("\n")[0] for target in find_references(schema)]
-    return " ".join(next(filter(None, told), GLOSSARY).split()).replace("|", "\\|")
+    return " ".join(next(filter(None, told), "").split()).replace("|", "\\|")
 
 
 def takes_number(schema: Schema) -> bool:

@@ -14,7 +14,9 @@ class Course(BaseModel):
     )
 
     start: float = Field(ge=0)
+    """Value at the first step."""
     end: float = Field(ge=0)
+    """Value at the last step."""
     shape: Literal["linear", "cosine"] = "linear"
     """`cosine` leaves `start` slowly and nears `end` slowly."""
 
@@ -43,6 +45,10 @@ def _positive_somewhere(setting: float | Course) -> float | Course:
     return setting
 
 
+_TEMPERATURE = "What logits are divided by before they become probabilities; above 1 these get softer."
+_WEIGHT = "How much the loss counts beside the others."
 _Positive = Annotated[float, Field(gt=0)]
-Temperature: TypeAlias = Annotated[_Positive | Course, AfterValidator(_positive_throughout)]
-Weight: TypeAlias = Annotated[_Positive | Course, AfterValidator(_positive_somewhere)]
+Temperature: TypeAlias = Annotated[
+    _Positive | Course, AfterValidator(_positive_throughout), Field(description=_TEMPERATURE)
+]
+Weight: TypeAlias = Annotated[_Positive | Course, AfterValidator(_positive_somewhere), Field(description=_WEIGHT)]

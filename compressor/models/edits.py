@@ -1,4 +1,4 @@
-"""Structural edits of a module: how another differs from it in sizes, and a copy changed by such a list."""
+"""Structural edits: sizes, kept layers and replaced submodules; listed between two modules, or made on a copy."""
 
 import copy
 from collections.abc import Mapping
@@ -110,7 +110,10 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def name_after(name: str, edits: tuple[Edit, ...]) -> str | None:
-    """Name of a parameter after stacks lost children, which are counted anew; None if it went with its module."""
+    """Name of a parameter after `edits`: stacks count the children that they kept anew.
+
+    None if its module is gone, left out of a stack or replaced by another.
+    """
     for edit in edits:
         prefix = f"{edit.path}." if edit.path else ""
         if edit.replacement is not None and name.startswith(prefix):

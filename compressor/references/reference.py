@@ -35,7 +35,7 @@ class Reference(BaseModel):
     """A callable named `module:attribute`, with the keyword arguments it is called with.
 
     Every other key of the YAML mapping is an argument. An argument whose name ends in `_dir`, `_file` or `_path` is a
-    path; `config` has made it absolute.
+    path, relative to the pipeline file.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)

@@ -48,9 +48,13 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     latency_ratio: float | None = Field(default=None, gt=1)
     """At least so many times as fast as the baseline, measured under ONNX Runtime on this machine."""
     criterion: Criterion = "l2"
+    """What scores the units; the smallest scores leave first. `l2`, `l1`: the norm of all weights that leave with a
+    unit; `bn_scale`: the scale of its BatchNorm; `taylor`: what leaving it out changes in the loss, to first order."""
     allocation: CutAllocation = "uniform"
-    """`sensitivity`: every group loses as much as costs one common fall on validation, as `- stage: sensitivity`, which
-    must come directly before, has measured it."""
+    """How what leaves is divided among the groups. `uniform`: every group loses the same share; `global`: the units
+    with the smallest scores of all leave; `isomorphic`: every class of groups built alike loses the same share, those
+    with the smallest scores in the class; `sensitivity`: every group loses as much as costs one common fall on
+    validation, as `- stage: sensitivity`, which must come directly before, has measured it."""
     round_to: int | None = Field(default=None, gt=0)
     """Channels are kept in multiples of this, because kernels run whole vectors. Unless given, it is the step in which
     time grows with channels on this machine, or half as much and so on in layers with less than two such steps."""

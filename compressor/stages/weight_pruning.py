@@ -38,7 +38,10 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     """Instead of `sparsity`: so many of each 4 or 8 consecutive input channels keep their weight. Comes after
     `magnitude_pruning`, which would break these groups up: their zeros stay, the pattern does not."""
     allocation: Allocation | None = None
-    """With `sparsity`, how it is shared out among the layers; `lamp` unless given."""
+    """With `sparsity`, how it is shared out among the layers; `lamp` unless given. `lamp`: the smallest of all become
+    zero, where the square of a weight counts as a share of those in its layer that are not smaller (Lee et al. 2021);
+    `erk`: the more weights a layer has for its dimensions, the larger the share that it loses (Evci et al. 2020);
+    `global`: the smallest of all become zero; `uniform`: every layer loses the same share."""
     schedule: Schedule | None = None
     """With `sparsity` and `recovery`: prune in steps; all at once unless given."""
     protect: tuple[str, ...] = ()
