@@ -4,6 +4,7 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+import compressor
 from compressor.config.installed_stages import stage_names
 
 PACKAGE = Path(__file__).parents[1] / "compressor"
@@ -33,6 +34,17 @@ def test_name_in_yaml_leads_to_the_file_of_the_stage():
     for name, target in own.items():
         assert target.partition(":")[0] == f"compressor.stages.{name}"
         assert (PACKAGE / "stages" / f"{name}.py").is_file()
+
+
+def test_editors_see_what_the_package_offers():
+    (block,) = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
+    seen = {
+        (alias.name, node.module.removeprefix("compressor."))
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == set(compressor._HOMES.items())
 
 
 def test_no_function_is_longer_than_60_lines():
