@@ -79,6 +79,11 @@ def trust(stages: Iterable[Stage[Any, Any]], *references: Reference) -> Trusted:
     stages = tuple(stages)
     return Trusted(
         references=(*references, *find_references(stages)),
-        modules=frozenset(type(stage).__module__ for stage in stages),
+        modules=frozenset(kind.__module__ for stage in stages for kind in type(stage).__mro__ if _is_own(kind)),
         attachments=tuple({kind: None for stage in stages for kind in stage.attaches}),
     )
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class that a stage inherits from is a stage too; its functions may build submodules as well."""
+    return issubclass(kind, Stage) and kind.__module__ != __name__

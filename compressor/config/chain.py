@@ -3,14 +3,17 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, final, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
 
 from compressor.config.installed_stages import stage_names
 from compressor.config.validation import join_path, show, validate
 from compressor.config.yaml_source import KeyPath, Node, Place
 from compressor.errors import CompressorError, ConfigError, Problem, did_you_mean
-from compressor.references.reference import check_name, load
+from compressor.references.reference import check_name, is_path, load
 
 if TYPE_CHECKING:  # needs torch, which is imported only for a file that names stages
     from compressor.stage import Stage
@@ -81,6 +84,14 @@ def find_stage(name: str, installed: Mapping[str, str]) -> _StageClass:
         raise ValueError(msg)
     if inspect.isabstract(found):
         msg = f"{name} must define apply"
+        raise ValueError(msg)
+    fields: Mapping[str, FieldInfo] = found.model_fields  # type: ignore[attr-defined]  # a stage is a pydantic model
+    files = [key for key, field in fields.items() if is_path(key) or field.annotation is Path]
+    if files:
+        msg = (
+            f"{name} must take files through a setting of type Reference, whose arguments are paths that the store "
+            f"follows, but it has {', '.join(files)}"
+        )
         raise ValueError(msg)
     return found
 

@@ -163,7 +163,7 @@ class TorchModel:
         """
         try:
             recipe = _Recipe.model_validate_json((directory / "model.json").read_bytes())
-        except ValidationError as error:
+        except (OSError, ValidationError) as error:
             msg = f"{directory / 'model.json'} must describe a saved model, but: {error}"
             raise InputError(msg) from error
         factory = recipe.factory
@@ -215,9 +215,12 @@ class OnnxModel:
 
     @classmethod
     def load(cls, directory: Path) -> "OnnxModel":
-        """Name the one `.onnx` file of a directory written by `save`."""
-        (path,) = directory.glob("*.onnx")
-        return cls(path)
+        """Name the one `.onnx` file of a directory written by `save`. Raises InputError if there is not one."""
+        paths = sorted(directory.glob("*.onnx"))
+        if len(paths) != 1:
+            msg = f"{directory} must hold one .onnx file, got {len(paths)}"
+            raise InputError(msg)
+        return cls(paths[0])
 
 
 Artifact: TypeAlias = TorchModel | OnnxModel
@@ -231,15 +234,22 @@ def _without_weights(reference: Reference) -> Reference:
 def _name_call(factory: Callable[..., nn.Module], arguments: Mapping[str, JsonValue]) -> Reference:
     """Name a call, so that it can be made again. Raises StageError for a factory without a name, or other arguments."""
     name = getattr(factory, "__qualname__", repr(factory))
-    if not name.isidentifier():
-        msg = f"a submodule must be built by a function at the top of a module, got {name}"
+    if not name.isidentifier() or factory.__module__ == "__main__":
+        msg = f"a submodule must be built by a function at the top of a module that can be imported, got {name}"
+        raise StageError(msg)
+    if reserved := [argument for argument in arguments if argument == "factory" or is_path(argument)]:
+        msg = (
+            f"the arguments of {name} must be neither files nor called 'factory', got {reserved}; what a file "
+            "holds can be a weight"
+        )
         raise StageError(msg)
     try:
-        json.dumps(dict(arguments), allow_nan=False)
+        plain = json.loads(json.dumps(dict(arguments), allow_nan=False))
     except (TypeError, ValueError) as error:
         msg = f"the arguments of {name} must be JSON values, got {dict(arguments)!r}: {error}"
         raise StageError(msg) from error
-    return Reference(factory=f"{factory.__module__}:{name}", **arguments)
+    # as the next load will give them: a tuple is a list, and a number that is a key is text
+    return Reference(factory=f"{factory.__module__}:{name}", **plain)
 
 
 def _import_attachment(name: str) -> type[Attachment]:

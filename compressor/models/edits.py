@@ -89,7 +89,11 @@ def apply_edit_in_place(module: nn.Module, edit: Edit, *, seed: int = 0) -> None
         submodule = _become_linear_in_place(module, edit.path)
     if edit.children is not None:
         _keep_children_in_place(submodule, edit.path, edit.children)
+    sizes = _sizes(submodule)
     for name, size in edit.attributes.items():
+        if name not in sizes:
+            msg = f"an edit of {edit.path} must change sizes that it has ({', '.join(sizes) or 'none'}), got {name!r}"
+            raise InputError(msg)
         setattr(submodule, name, size)
     known = _shapes(submodule)
     for name, shape in edit.shapes.items():

@@ -52,7 +52,7 @@ class Trusted:
         if module not in self.modules or not function.isidentifier():
             return False
         found = load(name)
-        return isinstance(found, FunctionType) and found.__module__ == module
+        return isinstance(found, FunctionType | type) and found.__module__ == module and found.__qualname__ == function
 
     def attachment(self, name: str, where: str) -> type[Attachment]:
         """Return the class called `name`, `module:Class`. Raises InputError if no stage attaches it."""

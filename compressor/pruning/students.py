@@ -80,7 +80,7 @@ def reborn(model: TorchModel, *, seed: int) -> TorchModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for edit in model.edits:
-            apply_edit_in_place(module, edit)
+            apply_edit_in_place(module, edit, seed=int(torch.randint(2**31, ())))
             if edit.shapes:
                 _reset_in_place(module.get_submodule(edit.path), edit.path)
     other = TorchModel.build(model.factory, seed=seed + 1).module.state_dict()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 
 from compressor.records.measurements import Record
 
@@ -27,9 +27,29 @@ class Reached(Finding):
     achieved: float
 
 
+def _check_name(name: str) -> str:
+    if name.casefold() in {"report.json", "report.md", "outcome.json"}:
+        msg = f"must not be a file that the run writes itself, got {name!r}"
+        raise ValueError(msg)
+    return name
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"must be text that UTF-8 can hold, but: {error}"
+        raise ValueError(msg) from error
+    return text
+
+
 class Document(Finding):
     """A text that the run leaves beside its report."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.(csv|json|md|svg|txt)$")]
+    name: Annotated[
+        str,
+        StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.(csv|json|md|svg|txt)$"),
+        AfterValidator(_check_name),
+    ]
     """Of the file; a later stage may replace a document of this name."""
-    text: str
+    text: Annotated[str, AfterValidator(_check_text)]

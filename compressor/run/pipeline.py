@@ -22,6 +22,7 @@ from compressor.report.page.html import to_html
 from compressor.run.keys import Step, data_fingerprints, remember, steps
 from compressor.run.outcome import record_end, record_outcome
 from compressor.run.preflight import check_model, check_reference, check_task
+from compressor.run.promises import check_type
 from compressor.run.step import Obtained, Run, assist, compute
 from compressor.run.store import Store
 from compressor.system.disk import host_errors, memory_errors, write_atomically
@@ -122,6 +123,8 @@ def _check_models(run: Run) -> None:
             break
         try:
             entering = planned.stage.rehearse(entering, model, run.task)
+            if entering is not None:
+                check_type(entering, planned.stage, "rehearse")
         except (InputError, StageError) as error:
             msg = f"stages.{position} ({planned.name}): {error}"
             raise type(error)(msg) from error

@@ -27,6 +27,7 @@ from compressor.records.findings import Finding
 from compressor.records.measurements import Fidelity
 from compressor.records.step_facts import ModelFacts, StepFacts, collect_findings
 from compressor.run.keys import Step
+from compressor.run.promises import check_kept, check_reload, check_type
 from compressor.run.store import Entry, Store
 from compressor.stage import StageContext, trust
 from compressor.system.processes import broadcast, gather_objects
@@ -95,14 +96,20 @@ def compute(step: Step, before: Sequence[Obtained], run: Run) -> Entry:
     logger.info("%s: running", step.name)
     work_dir = run.store.workspace(step.key)
     told: list[Finding] = []
+
+    def report(finding: Finding) -> None:
+        collect_findings([finding])  # a kind that nobody shows is refused at once, not after the work
+        told.append(finding)
+
     with run.store.draft() as draft:
         artifact_dir = draft / "artifact"
         artifact_dir.mkdir()
         start = time.perf_counter()
         order = broadcast(_Order(step, *_inputs(before)))
-        artifact = _apply(order, run, work_dir, report=told.append)
+        artifact = _apply(order, run, work_dir, report=report)
         seconds = time.perf_counter() - start
         artifact.save(artifact_dir)
+        check_reload(artifact, artifact_dir, run.task, run.trusted, step.name)
         facts = StepFacts(
             stage=step.name,
             parts=step.parts,
@@ -158,8 +165,10 @@ def _apply(
 
     context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, report)
     artifact: Artifact = step.stage.apply(model, run.task, context)
+    check_type(artifact, step.stage, step.name)
+    check_kept(model, artifact, step.stage, run.task, step.name)
     if isinstance(artifact, TorchModel):
-        artifact.check(run.trusted, f"what {step.name} gives")
+        artifact.check(run.trusted, f"the model that {step.name} gives")
     gather_objects(None)  # the main process clears its work directory, from which another one may still be reading
     return artifact
 
@@ -203,7 +212,11 @@ def _compare_with_baseline(baseline: Entry, predictions: Predictions) -> Fidelit
     file = baseline.directory / _BASELINE_OUTPUTS
     if not file.exists():
         return None
-    baseline_logits = np.load(file, mmap_mode="r", allow_pickle=False)
+    try:
+        baseline_logits = np.load(file, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        msg = f"{file} must hold the outputs of the baseline, but it is damaged; remove {baseline.directory}"
+        raise InputError(msg) from error
     return comparison(baseline_logits, predictions) if baseline_logits.shape == predictions.logits.shape else None
 
 

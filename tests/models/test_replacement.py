@@ -92,6 +92,7 @@ def test_replaced_layers_can_be_pruned_trained_and_born_again(low_rank, digits_t
     again, other = (reborn(smaller, seed=seed) for seed in (1, 2))
     assert again.module.fc1[0].weight.shape == smaller.module.fc1[0].weight.shape
     assert not torch.equal(again.module.fc1[0].weight, other.module.fc1[0].weight)
+    assert torch.equal(again.module.fc1[0].weight, reborn(smaller, seed=1).module.fc1[0].weight)
 
 
 def test_zeros_go_with_the_layer_that_is_replaced(plain):
@@ -109,10 +110,11 @@ def test_zeros_go_with_the_layer_that_is_replaced(plain):
     [
         (
             {"factory": lambda: nn.Linear(1, 1)},
-            "a submodule must be built by a function at the top of a module, got .*lambda",
+            "must be built by a function at the top of a module that can be imported, got .*lambda",
         ),
         ({"arguments": {"inputs": torch.ones(1)}}, "arguments of two_layers must be JSON values"),
         ({"arguments": {"inputs": float("nan")}}, "arguments of two_layers must be JSON values"),
+        ({"arguments": {"table_file": "a"}}, "must be neither files nor called 'factory', got .*table_file"),
         (
             {"weights": {}},
             r"weights for 'fc1' must be those of what two_layers gives, .* 3 missing: 0\.weight, 1\.weight, 1\.bias",

@@ -31,8 +31,12 @@ def test_finding_of_an_unknown_kind_is_refused_with_the_kinds_there_are():
             collect_findings([told])
 
 
-@pytest.mark.parametrize("name", ["../curve.svg", "a/b.md", ".store.json", "model.onnx", "run.html", ""])
+@pytest.mark.parametrize(
+    "name", ["../curve.svg", "a/b.md", ".store.json", "model.onnx", "run.html", "", "report.json", "Outcome.json"]
+)
 def test_document_is_a_text_file_directly_in_the_run_directory(name):
     with pytest.raises(ValidationError):
         Document(name=name, text="")
     Document(name="curve.svg", text="")
+    with pytest.raises(ValidationError, match="UTF-8"):
+        Document(name="curve.svg", text="\ud800")
