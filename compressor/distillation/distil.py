@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compressor.distillation.answering import origin_of
 from compressor.distillation.distillation_settings import DistillationFields
-from compressor.distillation.learner import Pairs, layer_pairs, learner
+from compressor.distillation.learner import Pairs, build_learner, layer_pairs
 from compressor.distillation.losses import Kd, Losses
 from compressor.distillation.panel import Combine, Panel, combine_of, logit_losses
 from compressor.distillation.setup import training_data
@@ -62,7 +62,7 @@ def distil(
     panel = Panel(tuple(weight for _, weight in members_of(teacher.module)), combine)
     views = source.labels.origin.views if isinstance(source, StoredTeacher) else None
     trained = fit(
-        learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=context.seed),
+        build_learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=context.seed),
         DistillationObjective(losses, pairs, source, panel, task),
         training_data(task, settings, seed=context.seed, views=views, first_epoch=first_epoch),
         settings,

@@ -49,7 +49,7 @@ class Learner(nn.Module):
         return logits, features
 
 
-def learner(
+def build_learner(
     student: nn.Module, teacher: nn.Module, losses: Losses, pairs: Pairs, example_inputs: Inputs, *, seed: int
 ) -> Learner:
     """Size the regressors by a dry run of both models, which are not changed; try the losses that need none.

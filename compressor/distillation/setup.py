@@ -1,14 +1,14 @@
 """What a student needs before its first step, and what must hold by then."""
 
 from compressor.distillation.distillation_settings import DistillationFields
-from compressor.distillation.learner import layer_pairs, learner
+from compressor.distillation.learner import build_learner, layer_pairs
 from compressor.distillation.losses import Losses
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
 from compressor.models.outputs import FORWARD_ERRORS
 from compressor.system.processes import launched
 from compressor.task import Task, batches
-from compressor.training.sampling import TrainingData, draws
+from compressor.training.sampling import TrainingData, divide_batch
 
 
 def check_fit(student: TorchModel, teacher: TorchModel, task: Task, settings: DistillationFields) -> None:
@@ -16,8 +16,8 @@ def check_fit(student: TorchModel, teacher: TorchModel, task: Task, settings: Di
     losses = settings.losses
     check_outputs(student, teacher, task, losses)
     pairs = layer_pairs(losses, student.module, teacher.module)
-    learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=0)
-    drawn = draws(training_data(task, settings, seed=0), settings.batch_size, launched)
+    build_learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=0)
+    drawn = divide_batch(training_data(task, settings, seed=0), settings.batch_size, launched)
     between = [name for name, loss in losses.terms.items() if loss.compares_samples]
     if between and (drawn.labeled + drawn.unlabeled) // launched < 2:
         names = ", ".join(between)

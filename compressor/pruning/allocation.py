@@ -89,7 +89,7 @@ def by_ratios(ratios: Mapping[str, float], groups: Sequence[Group], scores: Scor
     return removed
 
 
-def first(groups: Sequence[Group], scores: Scores, counts: Counts) -> Removal:
+def choose_by_counts(groups: Sequence[Group], scores: Scores, counts: Counts) -> Removal:
     """Remove as many units of each group as `counts` says: those with the smallest scores."""
     return {group.path: _ascending(scores, group)[: counts.get(group.path, 0)] for group in groups}
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias, final
 
 from compressor.models.artifact import TorchModel
-from compressor.pruning.allocation import Allocation, Counts, StepOf, allocate, by_ratios, first
+from compressor.pruning.allocation import Allocation, Counts, StepOf, allocate, by_ratios, choose_by_counts
 from compressor.pruning.channels import Pruned, prune_channels
 from compressor.pruning.criteria import COMPARABLE, Criterion, Scores, scores
 from compressor.pruning.group_sensitivity import check_sensitivity, ratios_by_sensitivity
@@ -54,7 +54,7 @@ class Cuttable:
 
     def choose_counts(self, counts: Counts) -> Removal:
         """The units to remove so that each group loses as many as `counts` says."""
-        return first(self.groups, self.scores, counts)
+        return choose_by_counts(self.groups, self.scores, counts)
 
     def cut(self, removal: Removal) -> Pruned:
         """Remove the units of `removal`, as `prune_channels` does."""

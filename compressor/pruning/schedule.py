@@ -32,10 +32,10 @@ def check_schedule(schedule: Schedule | None, epochs: int | None) -> None:
     if epochs is None:
         msg = "schedule needs a recovery, which trains between its steps"
         raise ValueError(msg)
-    division(epochs, schedule.steps)
+    divide_epochs(epochs, schedule.steps)
 
 
-def ramp(final: float, steps: int, shape: Shape, *, start: float = 0.0) -> tuple[float, ...]:
+def list_levels(final: float, steps: int, shape: Shape, *, start: float = 0.0) -> tuple[float, ...]:
     """What is reached after each of `steps` steps from `start`, the last of them `final`.
 
     `cubic` is final + (start - final) * (1 - t)^3 with t from 1/steps to 1 (Zhu and Gupta 2017, arXiv 1710.01878).
@@ -49,7 +49,7 @@ def ramp(final: float, steps: int, shape: Shape, *, start: float = 0.0) -> tuple
     return (*before, final)
 
 
-def division(epochs: int, steps: int) -> tuple[int, ...]:
+def divide_epochs(epochs: int, steps: int) -> tuple[int, ...]:
     """Epochs of recovery after each step: one after each but the last, all others after the last.
 
     Raises ValueError, for settings to show, if there are fewer epochs than steps.

@@ -55,7 +55,7 @@ def traceable(graph: GraphModule, task: Task) -> ModelProto:
     return simplify_qdq(_mark(translate(program, task)))
 
 
-def kernels(path: Path, inputs: Sequence[Array]) -> tuple[Kernel, ...]:
+def profile_kernels(path: Path, inputs: Sequence[Array]) -> tuple[Kernel, ...]:
     """The kernels of a `traceable` file in the order in which they run, on one thread; times are typical ones."""
     with tempfile.TemporaryDirectory() as directory:
         options = onnxruntime.SessionOptions()

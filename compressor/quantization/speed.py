@@ -19,7 +19,7 @@ from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import arguments, is_parameter, shape
 from compressor.quantization.int8_plan import CLIPS, Int8Plan, plan_int8
-from compressor.quantization.kernels import Kernel, kernels, traceable
+from compressor.quantization.kernels import Kernel, profile_kernels, traceable
 from compressor.records.measurements import Latency
 from compressor.task import Task, evenly_spaced
 from compressor.text.figures import list_names
@@ -81,7 +81,8 @@ def choose_fastest(graph: GraphModule, task: Task, *, weight_limit: int, keep_fl
             paths[floats] = write(floats)
         timed = _time(paths, inputs)
         float_model, int8_model = (
-            _without_overhead(kernels(path, inputs), whole=_seconds(timed, floats)) for floats, path in paths.items()
+            _without_overhead(profile_kernels(path, inputs), whole=_seconds(timed, floats))
+            for floats, path in paths.items()
         )
         owners = _owners(spelled, whole)
         owners |= {node.name: node.meta["layer"] for node in graph.graph.nodes if node.meta.get("layer") in layers}

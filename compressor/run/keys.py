@@ -54,10 +54,10 @@ def forecast(pipeline: Pipeline, store: Store, *, device: str) -> tuple[Forecast
     last = store.recall(LAST_RUN)
     if last is None:
         return tuple(
-            Forecast(step.name, False, ("no earlier run",)) for step in steps(pipeline, data={}, device=device)
+            Forecast(step.name, False, ("no earlier run",)) for step in list_steps(pipeline, data={}, device=device)
         )
     forecasts = []
-    for position, step in enumerate(steps(pipeline, data=last["data"], device=device)):
+    for position, step in enumerate(list_steps(pipeline, data=last["data"], device=device)):
         if store.peek(step.key) is not None:
             forecasts.append(Forecast(step.name, True, ()))
         elif position < len(last["parts"]):
@@ -85,7 +85,7 @@ def data_fingerprints(task: Task) -> dict[str, str]:
     }
 
 
-def steps(pipeline: Pipeline, *, data: Mapping[str, str], device: str) -> tuple[Step, ...]:
+def list_steps(pipeline: Pipeline, *, data: Mapping[str, str], device: str) -> tuple[Step, ...]:
     """List the steps of a pipeline in order; the first gives the baseline.
 
     `data` are the fingerprints of the splits: they stand for the directories that the task reads. User code is hashed

@@ -20,7 +20,7 @@ from compressor.pruning.criteria import Criterion
 from compressor.pruning.cuttable import CutAllocation, Cuttable
 from compressor.pruning.goals import LARGEST, Goal, Quantity, check_reachable, check_unmet, measure_of, reach
 from compressor.pruning.groups import Removal
-from compressor.pruning.schedule import Schedule, check_schedule, division, ramp
+from compressor.pruning.schedule import Schedule, check_schedule, divide_epochs, list_levels
 from compressor.pruning.staircase import measure_step
 from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
@@ -122,7 +122,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     def _epochs(self) -> Sequence[int]:
         """Of recovery, after each step."""
         epochs = 0 if self.recovery is None else self.recovery.epochs
-        return (epochs,) if self.schedule is None else division(epochs, self.schedule.steps)
+        return (epochs,) if self.schedule is None else divide_epochs(epochs, self.schedule.steps)
 
     def _courses(self, cuttable: Cuttable, task: Task, context: StageContext) -> Sequence[Counts]:
         """How many units each group loses at each step."""
@@ -144,7 +144,7 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
                 )
             ratio, whole = found.pruning_ratio, found.removal
             context.report(Reached(setting=self.goal.quantity, asked=self.goal.asked, achieved=found.achieved))
-        before = () if self.schedule is None else ramp(ratio, self.schedule.steps, self.schedule.shape)[:-1]
+        before = () if self.schedule is None else list_levels(ratio, self.schedule.steps, self.schedule.shape)[:-1]
         totals = [_count(removal) for removal in (*map(removal_of, before), whole)]
         return [total - last for last, total in pairwise([Counter[str](), *totals])]
 

@@ -9,7 +9,7 @@ from compressor.system.processes import launched
 from compressor.task import Task
 from compressor.training.fit import fit
 from compressor.training.objective import LabelLoss
-from compressor.training.sampling import TrainingData, draws
+from compressor.training.sampling import TrainingData, divide_batch
 from compressor.training.settings import TrainingFields
 
 
@@ -21,7 +21,7 @@ class Training(TrainingFields, Stage[TorchModel, TorchModel]):
 
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:  # noqa: ARG002
         """Return the model."""
-        draws(TrainingData(task.train), self.batch_size, launched)
+        divide_batch(TrainingData(task.train), self.batch_size, launched)
         return model
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:

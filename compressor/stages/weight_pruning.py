@@ -14,7 +14,7 @@ from compressor.models.kept_zeros import KeptZeros, zeros_of
 from compressor.models.weights import count_zeros
 from compressor.pruning.conv1d import with_linears
 from compressor.pruning.prunable_weights import prunable_weights
-from compressor.pruning.schedule import Schedule, check_schedule, division, ramp
+from compressor.pruning.schedule import Schedule, check_schedule, divide_epochs, list_levels
 from compressor.pruning.zeros import Allocation, pattern_masks, share_of_zeros, zero_masks
 from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
@@ -89,8 +89,8 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
         if self.schedule is None or self.sparsity is None:
             return [(self.sparsity, epochs)]
         steps, shape = self.schedule.steps, self.schedule.shape
-        sparsities = ramp(self.sparsity, steps, shape, start=_sparsity(module, names))
-        return list(zip(sparsities, division(epochs, steps), strict=True))
+        sparsities = list_levels(self.sparsity, steps, shape, start=_sparsity(module, names))
+        return list(zip(sparsities, divide_epochs(epochs, steps), strict=True))
 
     def _prune(
         self, model: TorchModel, dimensions: Mapping[str, int], sparsity: float | None, *, log: Callable[[str], None]

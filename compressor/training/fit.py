@@ -13,7 +13,7 @@ from compressor.system.processes import processes
 from compressor.system.progress import progress_bar
 from compressor.training.descent import Descent, begin_descent
 from compressor.training.objective import Objective
-from compressor.training.sampling import TrainingBatch, TrainingData, draws, training_batches
+from compressor.training.sampling import TrainingBatch, TrainingData, divide_batch, training_batches
 from compressor.training.settings import TrainingFields
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def fit(
     """
     accelerator = _accelerator(context.device)
     process, count, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    drawn = draws(data, settings.batch_size, count)
+    drawn = divide_batch(data, settings.batch_size, count)
     steps = settings.epochs * drawn.steps
     batches = training_batches(data, drawn, epochs=settings.epochs, seed=context.seed, process=process, processes=count)
     numbered = enumerate(batches)

@@ -75,7 +75,7 @@ class Draws:
     steps: int
 
 
-def draws(data: TrainingData, batch_size: int, processes: int) -> Draws:
+def divide_batch(data: TrainingData, batch_size: int, processes: int) -> Draws:
     """Divide a global batch of `batch_size` among the splits; with fewer samples the batch is smaller.
 
     An epoch draws as many samples as there are, and leaves out the last batch if it is incomplete.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compressor import Augmentation, Samples, Task
 from compressor.distillation.distil import DistillationObjective, Student, distil
 from compressor.distillation.distillation_settings import DistillationSettings
-from compressor.distillation.learner import Learner, layer_pairs, learner
+from compressor.distillation.learner import Learner, build_learner, layer_pairs
 from compressor.distillation.losses import Losses
 from compressor.distillation.panel import Panel
 from compressor.distillation.setup import check_fit, training_data
@@ -130,7 +130,7 @@ def objective(losses, student: nn.Module, teacher: TorchModel, task: Task) -> tu
     pairs = layer_pairs(settings, student, teacher.module)
     live = LiveTeacher.of(teacher, [path for of_loss in pairs.values() for _, path in of_loss], CPU)
     agreement = DistillationObjective(settings, pairs, live, Panel((1.0,), "mean_probability"), task)
-    return agreement, learner(student, teacher.module, settings, pairs, task.example_inputs, seed=0)
+    return agreement, build_learner(student, teacher.module, settings, pairs, task.example_inputs, seed=0)
 
 
 def whole_batch(split: Samples) -> TrainingBatch:

@@ -13,7 +13,7 @@ from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import Ensemble, combine_logits, ensemble, members_of
 from compressor.models.trusted import Trusted
 from compressor.references.reference import Reference, prefer_modules_in
-from compressor.run.keys import steps
+from compressor.run.keys import list_steps
 from compressor.run.pipeline import run
 from networks import PlainNetwork, ResidualNetwork
 
@@ -78,7 +78,7 @@ def directory(tmp_path: Path) -> Path:
 def baseline_step(directory: Path):
     pipeline = load(directory / "small.yaml")
     with prefer_modules_in(directory):
-        return steps(pipeline, data={}, device="cpu")[0]
+        return list_steps(pipeline, data={}, device="cpu")[0]
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.25, 0.75)])

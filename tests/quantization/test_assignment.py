@@ -48,7 +48,7 @@ def test_total_counts_one_conversion_for_all_who_read_a_tensor() -> None:
     assert total_time(layers, handovers, "abc") == 2 + 2 + 2
 
 
-def test_layer_that_gains_less_than_conversions_cost_computes_choose_floats() -> None:
+def test_layer_that_gains_less_than_conversions_cost_computes_in_float() -> None:
     layers, handovers = chain(Times(9.0, 1.0), Times(1.0, 2.0), Times(9.0, 1.0), conversion=0.6)
     assert find_cheapest(layers, handovers) == {"a", "b", "c"}
 

@@ -268,7 +268,7 @@ def test_linear_layer_on_vectors_has_one_scale_if_its_channels_are_alike(tmp_pat
     assert optimized_operators(model, tmp_path)["QGemm"] == 2
 
 
-def test_embeddings_are_stored_and_attention_multiplies_choose_floats(tmp_path: Path) -> None:
+def test_embeddings_are_stored_and_attention_multiplies_in_float(tmp_path: Path) -> None:
     module, tokens = random_network(attention), torch.randint(0, 50, (16, 5))
     model = int8(module, tokens, tmp_path)
     operators = optimized_operators(model, tmp_path)
@@ -297,7 +297,7 @@ def test_padding_with_another_number_than_zero_keeps_that_number(tmp_path: Path)
         pytest.param(bert, 2 * 6 + 2, id="BERT"),
     ],
 )
-def test_language_models_run_linear_layers_in_int8_and_attention_choose_floats(
+def test_language_models_run_linear_layers_in_int8_and_attention_in_float(
     build: Callable[[], nn.Module], linears: int, tmp_path: Path
 ) -> None:
     module, tokens = random_network(build), torch.randint(0, 50, (16, 5))

@@ -15,7 +15,7 @@ from compressor.quantization.calibration import calibrate
 from compressor.quantization.conversion import affine_of, convert, round_weights
 from compressor.quantization.float_graph import float_graph, fold_batch_norms
 from compressor.quantization.int8_plan import Int8Plan, plan_int8
-from compressor.quantization.kernels import Kernel, kernels, traceable
+from compressor.quantization.kernels import Kernel, profile_kernels, traceable
 from compressor.quantization.speed import Choice, index_of_fastest, islands
 from compressor.records.measurements import Latency
 from compressor.references.reference import Reference
@@ -45,7 +45,7 @@ def planned_and_kernels(
     affines = affine_of(plan, calibrate(graph, plan, task.calibration, range(8), "minmax"))
     path = tmp_path_factory.mktemp("kernels") / "int8.onnx"
     onnx.save(traceable(convert(graph, plan, affines, round_weights(graph, plan, affines, 63)), task), path)
-    return plan, kernels(path, [task.example_inputs[0][:1].numpy()])
+    return plan, profile_kernels(path, [task.example_inputs[0][:1].numpy()])
 
 
 def latency(ratio: float, half_width: float = 0.01) -> Latency:

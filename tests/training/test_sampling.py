@@ -4,7 +4,7 @@ import torch
 
 from compressor import Augmentation, Samples
 from compressor.errors import InputError
-from compressor.training.sampling import TrainingData, draws, training_batches
+from compressor.training.sampling import TrainingData, divide_batch, training_batches
 
 MOVED = Augmentation(2, lambda inputs, uniform: (inputs[0] + uniform.mean(dim=1)[:, None], inputs[1]))
 
@@ -31,7 +31,7 @@ class OneByOne(torch.utils.data.Dataset):
 
 def drawn(data, batch_size=8, *, epochs=1, seed=0, processes=1):
     """The batches of all epochs, a list for each process."""
-    plan = draws(data, batch_size, processes)
+    plan = divide_batch(data, batch_size, processes)
     return [
         list(training_batches(data, plan, epochs=epochs, seed=seed, process=process, processes=processes))
         for process in range(processes)
@@ -82,7 +82,7 @@ def test_unlabeled_samples_are_their_share_of_every_batch_and_lie_behind_the_lab
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.25, 2), (0.5, 4), (0.8, 6), (0.9, 7)])
 def test_share_of_unlabeled_samples_is_the_nearest_whole_number(share, count):
-    plan = draws(semi_supervised(share=share), 8, 1)
+    plan = divide_batch(semi_supervised(share=share), 8, 1)
     assert (plan.labeled, plan.unlabeled, plan.steps) == (8 - count, count, 6)
 
 
@@ -170,13 +170,13 @@ def test_inputs_of_rows_of_one_split_alone_are_found():
 
 def test_empty_split_is_refused():
     with pytest.raises(InputError, match="must have samples, got 0"):
-        draws(TrainingData(numbered(0)), 8, 1)
+        divide_batch(TrainingData(numbered(0)), 8, 1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_share_that_leaves_one_split_out_is_refused(share):
     with pytest.raises(InputError, match=rf"share of {share} makes . of 8 unlabeled; .* larger batch_size"):
-        draws(semi_supervised(share=share), 8, 1)
+        divide_batch(semi_supervised(share=share), 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_share_that_leaves_one_split_out_is_refused(share):
 )
 def test_batch_that_does_not_divide_among_processes_is_refused(batch_size, share, parts):
     with pytest.raises(InputError, match=f"divide among 2 processes, got {parts}; choose another batch_size"):
-        draws(semi_supervised(share=share), batch_size, 2)
+        divide_batch(semi_supervised(share=share), batch_size, 2)
 
 
 def test_sample_that_is_drawn_often_in_an_epoch_is_shown_in_another_view_each_time():
