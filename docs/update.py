@@ -13,9 +13,9 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 import architecture
 import headline
+import settings
 from publish import PAGE, RESULTS, splice
 
-import stages
 from compressor.config.pipeline_file import json_schema
 
 SCHEMA = ROOT / "pipelines/pipeline.schema.json"
@@ -32,7 +32,7 @@ class Block(NamedTuple):
 def blocks_of_code() -> Iterator[Block]:
     """What the pages take from the code."""
     yield from (Block(ROOT / "docs/architecture.md", name, text) for name, text in architecture.blocks().items())
-    yield Block(ROOT / "docs/stages.md", "stages", stages.reference())
+    yield Block(ROOT / "docs/stages.md", "stages", settings.reference())
 
 
 def blocks_of_results() -> Iterator[Block]:

@@ -13,7 +13,7 @@ SOURCES = {
     "tests/models/test_edits.py": "from compressor.models.edits import edit",
     "tests/pruning/test_groups.py": "import compressor.models.layers\nfrom tests.networks import PlainNetwork",
     "tests/pruning/test_goals.py": "from compressor.pruning import goals\nfrom test_groups import cut",
-    "tests/test_documents.py": "README = Path('README.md'), Path('docs/stages.py')\nfrom compressor.task import Task",
+    "tests/test_documents.py": "README = Path('README.md'), Path('docs/settings.py')\nfrom compressor.task import Task",
     "tests/report/test_page.py": "from compressor.report.page.html import page",
 }
 
@@ -42,7 +42,7 @@ SOURCES = {
         ),
         pytest.param("compressor/report/page/templates/page.css", ["report/test_page"], id="a folder of a room"),
         pytest.param("README.md", ["test_documents"], id="a document"),
-        pytest.param("docs/stages.py", ["test_documents"], id="a script that a test names"),
+        pytest.param("docs/settings.py", ["test_documents"], id="a script that a test names"),
         pytest.param("my_README.md", [], id="a longer name"),
         pytest.param("tests/models/conftest.py", ["models/test_edits", "models/test_layers"], id="a room's fixtures"),
         pytest.param(

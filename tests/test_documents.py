@@ -42,7 +42,7 @@ def rows(page: str, section: str) -> list[list[str]]:
 def generated():
     """What the pages take from the code: page, name of its marks, text.
 
-    docs/stages.py makes what they say of settings; docs/architecture.py the floors of pyproject.toml, rooms and files.
+    docs/settings.py makes what they say of settings; docs/architecture.py the floors, rooms and files.
     """
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
