@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from compressor.task import EVALUATION_BATCH, Inputs, Task, gather
 LEAST_AGREEMENT = 0.995
 """Share of the samples for which PyTorch and ONNX Runtime must name the same class."""
 _FEW_SAMPLES = 64
+_ROUNDINGS = 2.0
+"""How many times `rounding_difference` outputs may differ: ONNX Runtime made 0.4 to 0.9 of it in ResNets of 8 to 80
+layers, with ReLU, Hardswish and SiLU."""
+_ROUNDING = 2.0**-22
+"""By what share of its largest value a sum may be off: twice float32's epsilon."""
 
 
 def deploy(
@@ -34,46 +39,59 @@ def deploy(
 ) -> tuple[OnnxModel, Deployment]:
     """Write an int8 model to `path` and compare it with PyTorch on the samples `rows` of the validation split.
 
-    If the outputs of the two differ by more than one quantum, or name other classes for more than 0.5 % of the samples,
-    each layer is run on equal codes. Raises StageError naming the first layer that then gives other codes, or if the
-    model cannot be exported. If none does, nothing is wrong: in a deep model, single codes that fell on the edge
-    between two have grown into a difference.
+    Outputs may differ by one quantum. In a deep model, single codes that fell on the edge between two grow into more:
+    then they may differ by what PyTorch differs from itself where its sums are rounded otherwise. Raises StageError
+    naming the layer that departs if they differ by more, or name other classes for more than 0.5 % of the samples, or
+    if the model cannot be exported.
     """
     deployed = to_unchecked_onnx(model.int8_graph, task, path)
-    deployment = compare(reference, model.int8_graph, deployed, task, rows)
-    if deployment.difference <= deployment.tolerance and 1 - (deployment.departures or 0.0) >= LEAST_AGREEMENT:
+    inputs = gather(task.validation, rows[:_FEW_SAMPLES]).inputs
+    tolerance = output_quantum(model.int8_graph, inputs)
+    deployment = compare(reference, model.int8_graph, deployed, task, rows, tolerance=tolerance)
+    if _agrees(deployment):
         return deployed, deployment
-    departure = _departure(model, deployment.tolerance, task, rows)
-    if departure is None:
-        return deployed, deployment
+    rounding = rounding_difference(model.int8_graph, inputs)
+    wider = max(tolerance, _ROUNDINGS * rounding)
+    deployment = compare(reference, model.int8_graph, deployed, task, rows, tolerance=wider)
+    if _agrees(deployment):
+        return deployed, deployment.model_copy(update={"rounding_difference": rounding})
     others = deployment.departures
     classes = "" if others is None else f" and name another class for {others:.2%} of them"
     msg = (
-        f"outputs of the int8 model under ONNX Runtime must be those in PyTorch within one quantum, "
-        f"{deployment.tolerance:.3g} (RMS), and name the same class for {LEAST_AGREEMENT:.1%} of the samples, but on "
-        f"{deployment.samples} validation samples they differ by {deployment.difference:.3g}{classes}; the first to "
-        f"depart on equal inputs is {departure}; look in forward for randomness, and give the target that this CPU is"
+        f"outputs of the int8 model under ONNX Runtime must be those in PyTorch within {deployment.tolerance:.3g} "
+        f"(RMS), one quantum or twice what sums in another order make, and name the same class for "
+        f"{LEAST_AGREEMENT:.1%} of the samples, but on {deployment.samples} validation samples they differ by "
+        f"{deployment.difference:.3g}{classes}; {_departure(model, deployment.tolerance, task, rows)}; look in forward "
+        "for randomness, and give the target that this CPU is"
     )
     raise StageError(msg)
 
 
+def _agrees(deployment: Deployment) -> bool:
+    return deployment.difference <= deployment.tolerance and 1 - (deployment.departures or 0.0) >= LEAST_AGREEMENT
+
+
 def compare(
-    reference: Callable[[Inputs], Tensor], int8_graph: GraphModule, deployed: OnnxModel, task: Task, rows: Sequence[int]
+    reference: Callable[[Inputs], Tensor],
+    int8_graph: GraphModule,
+    deployed: OnnxModel,
+    task: Task,
+    rows: Sequence[int],
+    *,
+    tolerance: float,
 ) -> Deployment:
     """Run the three on the same samples, in batches of one, two and more.
 
-    The tolerance is one `output_quantum`, root mean square. Kernels add integers exactly and round each activation
-    once. They differ from PyTorch only where its sums fall on the edge between two codes: there a tensor moves by one
-    code. This grows on its way to the output, but stays below a quantum in the mean (0.3 for ResNet-20). A wrong
-    operator or scale, or an overflow, makes many quanta. Where two logits are nearer to each other than the tolerance,
-    either class is right: naming the other one is no departure. Raises StageError if outputs or the metric are not
-    finite.
+    Kernels add integers exactly and round each activation once. They differ from PyTorch only where its sums fall on
+    the edge between two codes: there a tensor moves by one code. This grows on its way to the output, but mostly stays
+    below one `output_quantum` in the mean (0.3 for ResNet-20). A wrong operator or scale, or an overflow, makes many
+    quanta. Where two logits are nearer to each other than `tolerance`, either class is right: naming the other one is
+    no departure. Raises StageError if outputs or the metric are not finite.
     """
     metric = task.metrics[0]
     sums: list[Tensor] = []
     powers = torch.zeros(3, dtype=torch.float64)
     elements = classified = same = apart = 0
-    tolerance = output_quantum(int8_graph, gather(task.validation, rows[:_FEW_SAMPLES]).inputs)
     for indices in _batches(rows):
         batch = gather(task.validation, indices)
         outputs = (reference(batch.inputs), predict(int8_graph, batch.inputs), deployed.predict(batch.inputs))
@@ -134,6 +152,30 @@ def output_quantum(graph: GraphModule, inputs: Inputs) -> float:
         return _root_mean_square(moved.double() - predict(graph, inputs).double())
 
 
+def rounding_difference(graph: GraphModule, inputs: Inputs) -> float:
+    """How far the outputs of an int8 graph move, root mean square, when every tensor before a Q is off by a rounding.
+
+    As where sums are added in another order: the few codes on the edge between two become the other one.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        moved: Tensor = _Rounded(graph).run(*inputs)
+        torch.manual_seed(0)
+        return _root_mean_square(moved.double() - predict(graph, inputs).double())
+
+
+class _Rounded(Interpreter):
+    """Runs a graph and moves what each Q reads up or down by a rounding."""
+
+    def run_node(self, n: Node) -> object:
+        """Run one node."""
+        if n.target is not QUANTIZE:
+            return super().run_node(n)
+        values, *rest = cast("tuple[Tensor, ...]", self.map_nodes_to_values(n.args, n))
+        ups = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return QUANTIZE(values + ups * (_ROUNDING * values.abs().max()), *rest)
+
+
 class _Shaken(Interpreter):
     """Runs a graph and moves each code of the `last` uint8 tensors by one."""
 
@@ -165,10 +207,11 @@ def _last_quantizers(graph: GraphModule) -> frozenset[Node]:
     return frozenset(quantizers)
 
 
-def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[int]) -> str | None:
+def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[int]) -> str:
     """Name the first layer that gives other codes under ONNX Runtime than in PyTorch, from the same codes.
 
-    One code (RMS) is no departure, nor is a quantum of the outputs.
+    One code (RMS) is no departure, nor is `tolerance` in the outputs. Where there is none, name the layer that comes
+    nearest to one.
     """
     units = {unit.output: f"layer {unit.layer!r}" for unit in model.plan.units if unit.output is not None}
     graph = copy_graph(model.int8_graph)
@@ -177,6 +220,7 @@ def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[in
     output = graph.graph.output_node()
     output.args = ((*quantizers, arguments(output)[0]),)
     graph.recompile()
+    nearest, most = "none", 0.0
     with tempfile.TemporaryDirectory() as directory:
         session = open_session(to_unchecked_onnx(graph, task, Path(directory) / "model.onnx").path, threads=0)
         for indices in filter(None, (rows[:1], rows[1:_FEW_SAMPLES])):
@@ -189,10 +233,17 @@ def _departure(model: Int8Model, tolerance: float, task: Task, rows: Sequence[in
                 *_, ours = forced.run(*inputs)
             for place, node in zip(places, quantizers, strict=True):
                 if (difference := forced.differences[node]) > 1:
-                    return f"{place}, whose codes differ by {difference:.3g} (RMS)"
+                    return (
+                        f"the first to depart on equal inputs is {place}, whose codes differ by {difference:.3g} (RMS)"
+                    )
+                if difference > most:
+                    nearest, most = place, difference
             if (difference := _root_mean_square(ours.double() - logits.double())) > tolerance:
-                return f"what computes the outputs in float, which differ by {difference:.3g} (RMS)"
-    return None
+                return (
+                    "the first to depart on equal inputs is what computes the outputs in float, which differ by "
+                    f"{difference:.3g} (RMS)"
+                )
+    return f"on equal inputs no layer departs by more than one code (RMS), {nearest} by {most:.3g}, the most of all"
 
 
 class _Forced(Interpreter):

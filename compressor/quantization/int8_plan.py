@@ -272,7 +272,6 @@ def _want(draft: _Draft, node: Node) -> None:
     elif family in {_movement, _own_scales} and first is node and len(node.all_input_nodes) == 1 and not _parts(node):
         _want(draft, node.all_input_nodes[0])
         family(draft, node)
-    draft.activations.setdefault(node.name, Activation(node.name, everywhere=False))
 
 
 def _batch_norm(draft: _Draft, node: Node) -> None:
@@ -350,6 +349,7 @@ _FAMILIES: Mapping[Any, _Family] = {
     operator.getitem: _part,
     **dict.fromkeys(
         (
+            aten._unsafe_view.default,
             aten.alias.default,
             aten.amax.default,
             aten.clone.default,
@@ -364,6 +364,7 @@ _FAMILIES: Mapping[Any, _Family] = {
             aten.reshape.default,
             aten.select.int,
             aten.slice.Tensor,
+            aten.squeeze.default,
             aten.squeeze.dim,
             aten.squeeze.dims,
             aten.transpose.int,

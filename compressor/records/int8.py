@@ -22,7 +22,10 @@ class Deployment(Record):
     difference: float
     """Between simulated and deployed outputs, root mean square."""
     tolerance: float
-    """The largest difference allowed: one quantum of the outputs."""
+    """The largest difference allowed: one quantum of the outputs, or twice `rounding_difference`."""
+    rounding_difference: float | None = None
+    """What the outputs in PyTorch move by, root mean square, when sums are rounded otherwise; None unless it is needed,
+    as the difference is more than one quantum."""
     agreement: float | None
     """Share of samples, in [0, 1], for which both name the same class; None for outputs that are no logits."""
     departures: float | None

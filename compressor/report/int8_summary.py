@@ -13,11 +13,13 @@ def describe_deployment(deployment: Deployment) -> str:
         value(deployment.metric, number)
         for number in (deployment.float_value, deployment.simulated_value, deployment.deployed_value)
     )
+    rounding = deployment.rounding_difference
+    reason = "" if rounding is None else f", as sums in another order alone make {rounding:.2g}"
     same = "" if deployment.agreement is None else f", and both name the same class for {share(deployment.agreement)}"
     return (
         f"{deployment.metric.name} on {deployment.samples:,} validation samples: float {before}, int8 {simulated} in "
         f"PyTorch and {deployed} under ONNX Runtime; outputs of the two differ by {deployment.difference:.2g} of "
-        f"at most {deployment.tolerance:.2g} (RMS){same}; SQNR {decibels(deployment.sqnr_db)}"
+        f"at most {deployment.tolerance:.2g} (RMS){reason}{same}; SQNR {decibels(deployment.sqnr_db)}"
     )
 
 

@@ -34,7 +34,7 @@ from compressor.verdicts.limit import at_most
 class Int8Ptq(Stage[TorchModel, OnnxModel]):
     """Quantize to int8 by calibration alone: uint8 activations with one scale each, int8 weights with one or more."""
 
-    version = 3
+    version = 4
     target: TargetName = "portable"
     """Where the model will run. `portable` has 7-bit weights, whose sums fit on every CPU; the others have 8-bit
     weights, whose sums overflow on x86 CPUs without VNNI."""

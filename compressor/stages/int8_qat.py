@@ -39,7 +39,7 @@ class Int8Qat(DistillationFields, Stage[TorchModel, OnnxModel]):
     It distils from the baseline unless `losses` names `hard` alone. Dropout takes no part.
     """
 
-    version = 3
+    version = 4
     target: TargetName = "portable"
     """As in `int8_ptq`."""
     calibration_samples: int = Field(default=512, ge=LEAST_SAMPLES)
