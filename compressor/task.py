@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from compressor.errors import InputError
 from compressor.records.measurements import MetricInfo
 
 Inputs: TypeAlias = tuple[Tensor, ...]
+
+OutputKind: TypeAlias = Literal["classes", "labels", "values"]
+"""What a model's outputs are: logits of classes that exclude each other, logits of independent labels, or numbers."""
 
 IGNORED = -100
 """The class index of a sample or token that does not count, as in `torch.nn.functional.cross_entropy`."""
@@ -199,7 +202,9 @@ class Task:
     no sample with `test`. From `unlabeled` distillation learns too, whatever its targets. `loss(outputs, targets)`
     returns one value per sample, (N,), or per token. `metrics[0]` is the one that gates call accuracy. `example_inputs`
     have a batch dimension of at least 2. `dynamic_axes` names, per input, the dimensions that may change after export;
-    the batch alone unless given. `labels` and `preprocessing` travel in the exported file.
+    the batch alone unless given. `outputs` says what a model gives: logits of classes that exclude each other, logits
+    of independent labels, or values; unless given, the loss, the metrics and the targets tell. `labels` and
+    `preprocessing` travel in the exported file.
     """
 
     train: Split
@@ -212,6 +217,7 @@ class Task:
     unlabeled: Split | None = None
     augmentation: Augmentation | None = None
     dynamic_axes: tuple[Mapping[int, str], ...] | None = None
+    outputs: OutputKind | None = None
     labels: tuple[str, ...] = ()
     preprocessing: Mapping[str, object] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from compressor.distillation import response
 from compressor.errors import InputError, StageError
 from compressor.models.artifact import TorchModel
 from compressor.models.ensemble import members_of
+from compressor.models.output_kind import CLASSES, Outputs, outputs_of_model
 from compressor.models.soft_label_file import FILE_NAME, Origin, SoftLabelFile, write
 from compressor.system.disk import write_atomically
 from compressor.system.processes import broadcast, gather_objects, processes
@@ -47,7 +48,9 @@ def origin_of(teacher: TorchModel, task: Task, *, seed: int, views: int, top_k: 
             seen.update(tensor.contiguous().view(torch.uint8).numpy().data)
     members = members_of(teacher.module)
     with torch.no_grad():
-        shape = members[0][0](*task.example_inputs).shape[1:]
+        answers = members[0][0](*task.example_inputs)
+    # top classes are found among logits, with the classes first
+    shape = (answers if top_k is None else outputs_of_model(teacher, task).as_logits(answers)).shape[1:]
     return Origin(
         teacher=teacher.digest,
         data=hashlib.sha256("".join(prints).encode()).hexdigest(),
@@ -69,8 +72,9 @@ def answer(
     *,
     device: torch.device,
     log: Callable[[str], None],
+    outputs: Outputs = CLASSES,
 ) -> SoftLabelFile:
-    """Run `teacher` over `data` as `origin` says and write the soft labels into `directory`.
+    """Run `teacher`, which gives `outputs`, over `data` as `origin` says; write the soft labels into `directory`.
 
     Shards that a killed process left in `directory` are not computed again. Under torchrun the processes share each
     shard and the main one writes. Raises StageError for logits that float16 cannot hold.
@@ -84,6 +88,7 @@ def answer(
     done = broadcast(shards.count_whole() if group.is_main_process else None)
     if done:
         log(f"{done} of {len(shards.spans)} shards are there from an interrupted run")
+    kept = None if origin.top_k is None else (origin.top_k, outputs)
     modules = [copy.deepcopy(member).to(device).eval() for member, _ in members_of(teacher.module)]
     bar = progress_bar(range(done, len(shards.spans)), unit="shard", hidden=not group.is_main_process)
     for position in bar:
@@ -91,7 +96,7 @@ def answer(
         if bar.disable and rows[0] == 0:
             log(f"view {view + 1}/{origin.views}")
         own = rows[group.process_index :: group.num_processes]
-        parts = gather_objects(_answers(modules, data, own, view=view, top_k=origin.top_k, device=device))
+        parts = gather_objects(_answers(modules, data, own, view=view, kept=kept, device=device))
         if group.is_main_process:
             shards.keep(position, _interleave(parts, len(rows)))
     if group.is_main_process:
@@ -182,20 +187,25 @@ def _answers(
     rows: NDArray[np.int64],
     *,
     view: int,
-    top_k: int | None,
+    kept: tuple[int, Outputs] | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What each of `modules` says to `rows`, by name of the tensor, each (len(rows), members, …)."""
+    """What each of `modules` says to `rows`, by name of the tensor, each (len(rows), members, …).
+
+    `kept` says how many of the most likely classes are kept, and where classes stand in the outputs; all if None.
+    """
     found: list[dict[str, Tensor]] = []
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
         inputs = [tensor.to(device) for tensor in data.view(data.inputs(some), some, view)]
         with torch.no_grad():
-            logits = torch.stack([module(*inputs).float().cpu() for module in modules], dim=1)
-        if top_k is None:
-            found.append({"logits": logits})
+            answers = [module(*inputs).float().cpu() for module in modules]
+        if kept is None:
+            found.append({"logits": torch.stack(answers, dim=1)})
         else:
-            classes = response.top_k(logits.transpose(1, 2), top_k)._asdict()
+            top_k, outputs = kept
+            logits = torch.stack([outputs.as_logits(one) for one in answers], dim=2)
+            classes = response.top_k(logits, top_k)._asdict()
             found.append({name: part if name == "tail" else part.transpose(1, 2) for name, part in classes.items()})
     return {name: torch.cat([one[name] for one in found]) for name in found[0]} if found else {}
 

@@ -11,11 +11,10 @@ from compressor.distillation.answering import origin_of
 from compressor.distillation.distillation_settings import DistillationFields
 from compressor.distillation.learner import Pairs, build_learner, layer_pairs
 from compressor.distillation.losses import Kd, Losses
-from compressor.distillation.panel import Combine, Panel, combine_of, logit_losses
+from compressor.distillation.panel import Combine, Panel, logit_losses, panel_of
 from compressor.distillation.setup import training_data
 from compressor.distillation.teachers import LiveTeacher, StoredTeacher, Teacher, absent_teacher
 from compressor.models.artifact import TorchModel
-from compressor.models.ensemble import members_of
 from compressor.models.kept_zeros import zeros_of
 from compressor.models.soft_label_file import SoftLabelFile
 from compressor.stage import StageContext
@@ -56,10 +55,10 @@ def distil(
     Raises InputError, before any training, if a layer is not there, if features cannot be compared, or if the soft
     labels are those of another teacher or other data. Raises what `fit` raises.
     """
-    losses, combine = settings.losses, settings.combine or combine_of(teacher.module)
+    losses = settings.losses
     pairs = layer_pairs(losses, student.module, teacher.module)
-    source = _teacher(teacher, task, context, losses, pairs, combine=combine)
-    panel = Panel(tuple(weight for _, weight in members_of(teacher.module)), combine)
+    panel = panel_of(teacher, task, losses, settings.combine)
+    source = _teacher(teacher, task, context, losses, pairs, combine=panel.combine)
     views = source.labels.origin.views if isinstance(source, StoredTeacher) else None
     trained = fit(
         build_learner(student.module, teacher.module, losses, pairs, task.example_inputs, seed=context.seed),
@@ -119,8 +118,9 @@ def _teacher(
         if reason:
             context.log(f"the teacher runs live, not from its soft labels: {reason}")
         return LiveTeacher.of(model, [path for of_loss in pairs.values() for _, path in of_loss], context.device)
-    labels.check(origin_of(model, task, seed=context.seed, views=labels.origin.views, top_k=None))
-    context.log(f"the teacher's answers are read from soft labels, views per sample: {labels.origin.views}")
+    views, top_k = labels.origin.views, labels.origin.top_k
+    labels.check(origin_of(model, task, seed=context.seed, views=views, top_k=top_k))
+    context.log(f"the teacher's answers are read from soft labels, views per sample: {views}")
     return StoredTeacher(labels)
 
 

@@ -20,6 +20,7 @@ from compressor.distillation.response import (
     soft_cross_entropy,
     standardize,
 )
+from compressor.task import OutputKind
 
 _SETTINGS = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -49,10 +50,22 @@ class Hard(Loss):
 class ResponseLoss(Loss, ABC):
     """A comparison of the student's logits with the teacher's, (N, C, …)."""
 
-    compares_classes: ClassVar[bool] = True
-    """Whether logits become probabilities of classes, of which there must be two."""
+    kinds: ClassVar[tuple[OutputKind, ...]] = ("classes", "labels")
+    """Which outputs can be compared; a label is two classes, yes and no."""
 
-    temperature: Temperature = 4.0
+    temperature: Temperature | None = None
+    """What logits are divided by before they become probabilities; above 1 these get softer. 4 for classes and 1 for
+    labels unless given."""
+
+    def temperature_at(self, progress: float, kind: OutputKind) -> float:
+        """Its value at `progress` in [0, 1], for outputs of `kind`.
+
+        Two classes hide nothing in their order: softened labels only ask for the teacher's largest logits. With four
+        labels and a small student 4 cost 5 points of bit accuracy, 1 gained half a point over labels alone.
+        """
+        if self.temperature is None:
+            return 4.0 if kind == "classes" else 1.0
+        return value_at(self.temperature, progress)
 
     @abstractmethod
     def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -79,13 +92,20 @@ class FeatureLoss(Loss, ABC):
 
 @final
 class Kd(ResponseLoss):
-    """KL divergence of the student's softened classes from the teacher's, times T² (Hinton et al. 2015)."""
+    """KL divergence of the student's softened answers from the teacher's, times T² (Hinton et al. 2015).
+
+    Of classes it is taken over their softmax. Of independent labels it is taken of each label's sigmoid, and the mean
+    over labels counts. Of values it is the mean squared difference, whatever the temperature.
+    """
+
+    kinds: ClassVar[tuple[OutputKind, ...]] = ("classes", "labels", "values")
 
     weight: Weight = 0.9
     temperature_squared: bool = True
     """Whether the loss is multiplied by T², which keeps the size of its gradients whatever the temperature."""
     standardize: bool = False
-    """Whether logits are first brought to mean 0 and standard deviation 1 (Sun et al. 2024, arXiv 2403.01427)."""
+    """Of classes: whether logits are first brought to mean 0 and standard deviation 1 (Sun et al. 2024, arXiv
+    2403.01427)."""
 
     def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
         """`distillation_loss`."""
@@ -135,6 +155,7 @@ class Jsd(ResponseLoss):
 class Dkd(ResponseLoss):
     """Decoupled distillation: the target class and the other classes apart (Zhao et al. 2022, arXiv 2203.08679)."""
 
+    kinds: ClassVar[tuple[OutputKind, ...]] = ("classes",)
     needs_targets: ClassVar[bool] = True
 
     weight: Weight = 1.0
@@ -161,10 +182,12 @@ class Dist(ResponseLoss):
     Within classes all samples and tokens of a batch take part, those with target -100 too.
     """
 
+    kinds: ClassVar[tuple[OutputKind, ...]] = ("classes",)
     compares_samples: ClassVar[bool] = True
 
     weight: Weight = 1.0
-    temperature: Temperature = 1.0
+    temperature: Temperature | None = 1.0
+    """What logits are divided by."""
     inter: float = Field(default=1.0, ge=0)
     """Weight of the correlation over the classes of a sample."""
     intra: float = Field(default=1.0, ge=0)
@@ -181,10 +204,11 @@ class Dist(ResponseLoss):
 class LogitMse(ResponseLoss):
     """Mean squared difference of logits, divided by the temperature first; for outputs of any kind."""
 
-    compares_classes: ClassVar[bool] = False
+    kinds: ClassVar[tuple[OutputKind, ...]] = ("classes", "labels", "values")
 
     weight: Weight = 1.0
-    temperature: Temperature = 1.0
+    temperature: Temperature | None = 1.0
+    """What logits are divided by."""
 
     def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
         """`logit_mse`."""

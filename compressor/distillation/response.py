@@ -129,6 +129,12 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (student - teacher).square().mean(dim=1)
 
 
+def squared_difference(student_outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
+    """Squared difference of each number: outputs that are values, (N, …), give (N, …)."""
+    student, teacher = match_shapes(student_outputs, teacher_outputs)
+    return (student - teacher).square()
+
+
 class TopClasses(NamedTuple):
     """A teacher's k most probable classes and what is left, in log-probabilities at T = 1; classes are int64."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from compressor.errors import StageError
 from compressor.measure.quality import Predictions, is_classification
 from compressor.models.artifact import OnnxModel
+from compressor.models.output_kind import outputs_of
 from compressor.onnx_files.facts import read_facts
 from compressor.records.measurements import Measurement
 from compressor.task import EVALUATION_BATCH, Split, Task, batches, evaluate_outputs
@@ -46,7 +47,7 @@ def measure(path: Path, task: Task) -> Measured:
             msg = f"metric {name!r} must be a finite number, got {value} on test samples 0 to {last} ({path})"
             raise StageError(msg)
     measurement = Measurement(**asdict(facts), metrics=metrics, samples=len(task.test))
-    return Measured(measurement, _predictions(kept, samples=len(task.test)))
+    return Measured(measurement, _predictions(kept, task))
 
 
 def _outputs(path: Path, split: Split) -> Iterator[_Pair]:
@@ -70,10 +71,13 @@ def _keeping(pairs: Iterable[_Pair], kept: list[_Pair]) -> Iterator[_Pair]:
         yield outputs, targets
 
 
-def _predictions(kept: list[_Pair], *, samples: int) -> Predictions | None:
-    """Join batches; None unless they are all of the `samples` and a classification."""
-    if sum(len(targets) for _, targets in kept) != samples or len({outputs.shape[1] for outputs, _ in kept}) != 1:
+def _predictions(kept: list[_Pair], task: Task) -> Predictions | None:
+    """Join batches; None unless they are all of the test split, and outputs are classes."""
+    if sum(len(targets) for _, targets in kept) != len(task.test) or len({found.shape[1] for found, _ in kept}) != 1:
         return None
-    logits = np.concatenate([outputs.numpy() for outputs, _ in kept])
+    outputs = outputs_of(task, *kept[0])
+    if outputs.kind != "classes":
+        return None
+    logits = np.concatenate([outputs.as_logits(found).numpy() for found, _ in kept])
     predictions = Predictions(logits, np.concatenate([targets.numpy() for _, targets in kept]).astype(np.int64))
     return predictions if is_classification(predictions) else None

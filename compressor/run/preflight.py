@@ -1,14 +1,17 @@
 """Refuse a task or a model that cannot work, before any time is spent on it."""
 
 import hashlib
+from typing import get_args
 
 from torch import Tensor, nn
 
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
+from compressor.models.ensemble import Ensemble
+from compressor.models.output_kind import outputs_of_model
 from compressor.models.outputs import FORWARD_ERRORS, run_on_examples
 from compressor.references.reference import Reference
-from compressor.task import SPLITS, Inputs, Split, Task, batches, uniform_numbers
+from compressor.task import SPLITS, Inputs, OutputKind, Split, Task, batches, uniform_numbers
 
 
 def check_task(task: object) -> Task:
@@ -22,6 +25,10 @@ def check_task(task: object) -> Task:
         raise InputError(msg)
     if not task.metrics:
         msg = "metrics must name at least one metric; the first is what gates call accuracy"
+        raise InputError(msg)
+    if task.outputs not in (None, *get_args(OutputKind)):
+        known = ", ".join(map(repr, get_args(OutputKind)))
+        msg = f"outputs must be one of {known}, or left out, got {task.outputs!r}"
         raise InputError(msg)
     try:
         "".join(task.labels).encode()
@@ -114,6 +121,10 @@ def check_model(model: TorchModel, task: Task) -> None:
             f"loss and metrics must accept outputs {tuple(outputs.shape)} and targets of the train split, but: {error}"
         )
         raise InputError(msg) from error
+    kind = outputs_of_model(model, task).kind
+    if isinstance(model.module, Ensemble) and model.module.combine == "mean_probability" and kind != "classes":
+        msg = f"an ensemble must be combined by 'mean_logit' where outputs are {kind}: probabilities are of classes"
+        raise InputError(msg)
     if losses.shape[:1] != outputs.shape[:1]:
         msg = f"loss must return one value per sample, ({len(outputs)}, …), got {tuple(losses.shape)}; reduce nothing"
         raise InputError(msg)

@@ -13,6 +13,7 @@ from compressor.distillation.losses import Hard, Kd, Losses
 from compressor.distillation.panel import Combine, Panel, logit_losses
 from compressor.distillation.setup import check_fit, check_outputs, training_data
 from compressor.models.artifact import TorchModel
+from compressor.models.output_kind import CLASSES, outputs_of_model
 from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.task import Inputs, Task
@@ -44,12 +45,13 @@ class MutualLearning(DistillationFields, Stage[TorchModel, TorchModel]):
         """Build the students and return the first."""
         first, *others = self._students(model, task, seed=0)
         check_fit(first, others[0], task, self)
+        self._panel(first, task)
         return first
 
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return the first student. Raises InputError if outputs differ in shape from the entering model's."""
         students = self._students(model, task, seed=context.seed)
-        panel = Panel((1 / (len(students) - 1),) * (len(students) - 1), self.combine)
+        panel = self._panel(students[0], task)
         trained = fit(
             Peers([student.module for student in students]),
             MutualObjective(self.losses, panel, task),
@@ -58,6 +60,12 @@ class MutualLearning(DistillationFields, Stage[TorchModel, TorchModel]):
             context,
         )
         return students[0].with_module(trained.get_submodule("students.0"))
+
+    def _panel(self, student: TorchModel, task: Task) -> Panel:
+        """The peers of one student."""
+        peers = len(self.students) - 1
+        outputs = outputs_of_model(student, task) if self.losses.of_responses else CLASSES
+        return Panel((1 / peers,) * peers, self.combine, outputs)
 
     def _students(self, model: TorchModel, task: Task, *, seed: int) -> list[TorchModel]:
         students = [TorchModel.build(one, seed=seed + position) for position, one in enumerate(self.students)]

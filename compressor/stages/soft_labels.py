@@ -7,6 +7,7 @@ from pydantic import Field
 from compressor.distillation.answering import answer, check_replayable, data_of, origin_of
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
+from compressor.models.output_kind import outputs_of_model
 from compressor.models.soft_label_file import SoftLabelFile
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
@@ -33,7 +34,7 @@ class SoftLabels(Stage[TorchModel, TorchModel]):
         if task.augmentation is None and self.views not in {None, 1}:
             msg = f"views must be 1 for a task without augmentation, got {self.views}: all would be the same"
             raise InputError(msg)
-        classes = model.predict(task.example_inputs).shape[1]
+        classes = _count_classes(model, task)
         if classes > _MANY_CLASSES and self.top_k >= classes:
             msg = f"top_k must be less than the {classes} classes of the model, got {self.top_k}"
             raise InputError(msg)
@@ -47,12 +48,23 @@ class SoftLabels(Stage[TorchModel, TorchModel]):
         """
         self.rehearse(model, model, task)
         views = self.views or (1 if task.augmentation is None else 4)
-        classes = model.predict(task.example_inputs).shape[1]
-        top_k = self.top_k if classes > _MANY_CLASSES else None
+        top_k = self.top_k if _count_classes(model, task) > _MANY_CLASSES else None
         origin = origin_of(model, task, seed=context.seed, views=views, top_k=top_k)
         labels = answer(
-            model, data_of(task, seed=context.seed), origin, context.work_dir, device=context.device, log=context.log
+            model,
+            data_of(task, seed=context.seed),
+            origin,
+            context.work_dir,
+            device=context.device,
+            log=context.log,
+            outputs=outputs_of_model(model, task),
         )
         size = labels.path.stat().st_size
         context.log(f"{origin.samples} samples in {views} {'view' if views == 1 else 'views'}: {size / 1e6:.1f} MB")
         return model.with_attachment(labels)
+
+
+def _count_classes(model: TorchModel, task: Task) -> int:
+    """Classes among which an answer chooses; 0 for labels and values, of which none is less likely for another."""
+    outputs = outputs_of_model(model, task)
+    return model.predict(task.example_inputs).shape[outputs.dimension] if outputs.kind == "classes" else 0

@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from compressor.config.pipeline_file import load
-from compressor.distillation.course import value_at
 from compressor.distillation.distil import DistillationObjective
 from compressor.distillation.feature import attention_transfer_loss, hint_loss
 from compressor.distillation.learner import Learner
@@ -136,7 +135,7 @@ def of_objective(settings, task) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "settings", "expected"), RESPONSES, ids=names(RESPONSES))
 def test_comparison_of_logits_is_the_function_it_stands_for(name, settings, expected):
     loss = from_json({name: settings}).of_responses[name]
-    compared = loss.compare(STUDENT, TEACHER, TARGETS, value_at(loss.temperature, 0.5))
+    compared = loss.compare(STUDENT, TEACHER, TARGETS, loss.temperature_at(0.5, "classes"))
     assert compared.shape == (3,)
     torch.testing.assert_close(compared, expected(STUDENT, TEACHER, TARGETS), rtol=0, atol=1e-15)
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from compressor.distillation.losses import Losses
 from compressor.distillation.panel import Panel, logit_losses
 from compressor.distillation.response import tail_bucket_loss, top_k
+from compressor.errors import InputError
+from compressor.models.output_kind import Outputs
 from compressor.task import cross_entropy
 
 # Inputs and float64 values of an independent numpy implementation, shared/reference/loss_vectors.py.
@@ -62,7 +64,7 @@ def test_one_teacher_is_not_combined(combine):
     alone = values(EVERY_RESPONSE, [TEACHER], combine=combine)
     losses = Losses.model_validate(EVERY_RESPONSE).of_responses
     for name, loss in losses.items():
-        assert torch.equal(alone[name], loss.compare(STUDENT, TEACHER, TARGETS, loss.temperature))
+        assert torch.equal(alone[name], loss.compare(STUDENT, TEACHER, TARGETS, loss.temperature_at(0.0, "classes")))
 
 
 @pytest.mark.parametrize("combine", ["mean_probability", "mean_logit", "separate"])
@@ -125,3 +127,77 @@ def test_order_of_teachers_does_not_matter():
     for name in EVERY_RESPONSE:
         for other in found[1:]:
             torch.testing.assert_close(other[name], found[0][name], rtol=0, atol=1e-12)
+
+
+# Labels and values
+
+LABELS, VALUES = Outputs("labels"), Outputs("values")
+
+
+def of_kind(settings, outputs, answers=(TEACHER,), combine="separate"):
+    panel = Panel((1 / len(answers),) * len(answers), combine, outputs)
+    losses = Losses.model_validate(settings)
+    return logit_losses(losses, STUDENT, answers, panel, TARGETS, task_loss=cross_entropy, progress=0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kd_of_labels_is_the_divergence_of_each_sigmoid(temperature):
+    p, q = (TEACHER / temperature).sigmoid(), (STUDENT / temperature).sigmoid()
+    each = F.binary_cross_entropy(q, p, reduction="none") - F.binary_cross_entropy(p, p, reduction="none")
+    found = of_kind({"kd": {"temperature": temperature}}, LABELS)["kd"]
+    torch.testing.assert_close(found, temperature**2 * each.mean(dim=1), rtol=0, atol=1e-12)
+
+
+def test_labels_are_compared_as_they_are_unless_a_temperature_is_given():
+    for name in ("kd", "soft_cross_entropy", "reverse_kl", "jsd"):
+        plain, at_one = of_kind({name: {}}, LABELS)[name], of_kind({name: {"temperature": 1.0}}, LABELS)[name]
+        assert plain.shape == (3,)
+        assert torch.equal(plain, at_one)
+
+
+def test_members_of_an_ensemble_of_labels_agree_on_the_mean_of_each_probability():
+    answers = (TEACHER, TEACHER.flip(1))
+    mean = (TEACHER.sigmoid() + TEACHER.flip(1).sigmoid()) / 2
+    found = of_kind({"kd": {}}, LABELS, answers, "mean_probability")["kd"]
+    torch.testing.assert_close(found, of_kind({"kd": {}}, LABELS, (mean.logit(),))["kd"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (12,), (3, 2, 2)])
+def test_kd_of_values_is_their_squared_difference_whatever_the_temperature(shape):
+    student, teacher = STUDENT.reshape(shape), TEACHER.reshape(shape)
+    losses = Losses.model_validate({"kd": {"temperature": 3.0}, "logit_mse": {}})
+    found = logit_losses(
+        losses, student, [teacher], Panel((1.0,), "separate", VALUES), TARGETS, task_loss=cross_entropy, progress=0.0
+    )
+    each = (student - teacher).square()
+    expected = each if len(shape) == 1 else each.mean(dim=1)
+    torch.testing.assert_close(found["kd"], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["logit_mse"], expected, rtol=0, atol=1e-12)
+
+
+def test_squared_difference_of_labels_is_that_of_their_logits():
+    found = of_kind({"logit_mse": {}}, LABELS)["logit_mse"]
+    torch.testing.assert_close(found, (STUDENT - TEACHER).square().mean(dim=1), rtol=0, atol=1e-12)
+
+
+def test_classes_in_the_last_dimension_teach_as_in_dimension_1():
+    student, teacher = (torch.stack([one, one.flip(0)], dim=1) for one in (STUDENT, TEACHER))  # (3, 2 tokens, 4)
+    targets = torch.stack([TARGETS, TARGETS.flip(0)], dim=1)
+    losses = Losses.model_validate(EVERY_RESPONSE)
+    last, first = (
+        logit_losses(
+            losses, one, [other], Panel((1.0,), "separate", outputs), targets, task_loss=cross_entropy, progress=0.0
+        )
+        for one, other, outputs in (
+            (student, teacher, Outputs("classes", 2)),
+            (student.transpose(1, 2), teacher.transpose(1, 2), Outputs("classes")),
+        )
+    )
+    for name in EVERY_RESPONSE:
+        assert last[name].shape == (3, 2)
+        assert torch.equal(last[name], first[name])
+
+
+def test_mean_of_probabilities_is_refused_for_values():
+    with pytest.raises(InputError, match="combine must be 'mean_logit' or 'separate' where outputs are values"):
+        Panel((0.5, 0.5), "mean_probability", VALUES)
