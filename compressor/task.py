@@ -1,6 +1,7 @@
 """What the user brings beside the model: data splits, loss, metrics, example inputs."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,9 @@ IGNORED = -100
 """The class index of a sample or token that does not count, as in `torch.nn.functional.cross_entropy`."""
 
 EVALUATION_BATCH = 256
+
+_MANY_VALUES = 100_000
+"""More values than this are no classes; nobody needs to know them all."""
 
 
 class Batch(NamedTuple):
@@ -91,15 +95,59 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
         yield gather(split, range(start, min(start + batch_size, len(split))))
 
 
-def fingerprint(split: Split) -> str:
-    """SHA-256 over every sample of `split`, in order: equal data gives an equal fingerprint."""
+@dataclass(frozen=True)
+class SplitFacts:
+    """What reading every sample of a split once has shown.
+
+    `fingerprint` is a SHA-256 over every sample, in order: equal data gives an equal one. `first` has each value that
+    occurs among the targets with the first sample that has it, up to so many values that they are no classes.
+    """
+
+    fingerprint: str
+    first: Mapping[float, int]
+    is_complete: bool
+    """Whether `first` has all values."""
+    is_uniform: bool
+    """Whether all samples have equal shapes and types."""
+
+
+def survey(split: Split) -> SplitFacts:
+    """Read every sample of `split`, in order. Raises what the split and collating its samples raise."""
     digest = hashlib.sha256(str(len(split)).encode())
-    whole = [Batch(split.inputs, split.targets)] if isinstance(split, Samples) else batches(split, batch_size=256)
-    for batch in whole:
+    first: dict[float, int] = {}
+    read, complete, signatures = 0, True, set[str]()
+    for batch in [Batch(split.inputs, split.targets)] if isinstance(split, Samples) else batches(split, batch_size=256):
         for tensor in (*batch.inputs, batch.targets):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+        signatures.add(" ".join(f"{part.dtype}{tuple(part.shape[1:])}" for part in (*batch.inputs, batch.targets)))
+        if complete:
+            for value, sample in _first_samples(batch.targets).items():
+                first.setdefault(value, read + sample)
+            complete = len(first) <= _MANY_VALUES
+        read += len(batch.targets)
+    return SplitFacts(digest.hexdigest(), first, complete, len(signatures) < 2)
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 over every sample of `split`, in order: equal data gives an equal fingerprint."""
+    return survey(split).fingerprint
+
+
+def _first_samples(targets: Tensor) -> dict[float, int]:
+    """Each value among `targets`, (N, …), with the first of the N that has it; NaN is one value."""
+    found: dict[float, int] = {}
+    for start in range(0, len(targets), EVALUATION_BATCH):
+        rows = targets[start : start + EVALUATION_BATCH]
+        values, order = torch.unique(rows, return_inverse=True)
+        samples = torch.arange(rows.numel()) // max(1, rows[:1].numel())
+        firsts = torch.full((len(values),), len(targets)).scatter_reduce(0, order.flatten(), samples, "amin")
+        for value, sample in zip(values.tolist(), firsts.tolist(), strict=True):
+            key = math.nan if value != value else value  # noqa: PLR0124  # the one object that equals itself as a key
+            found.setdefault(key, start + sample)
+        if len(found) > _MANY_VALUES:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -222,10 +270,15 @@ class Task:
     preprocessing: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
-    def fingerprints(self) -> Mapping[str, str]:
-        """Fingerprint of each split that is there, by name; every sample is read, once for all who ask."""
+    def surveys(self) -> Mapping[str, SplitFacts]:
+        """Facts of each split that is there, by name; every sample is read, once for all who ask."""
         splits = {name: getattr(self, name) for name in SPLITS}
-        return {name: fingerprint(split) for name, split in splits.items() if split is not None}
+        return {name: survey(split) for name, split in splits.items() if split is not None}
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Fingerprint of each split that is there, by name."""
+        return {name: facts.fingerprint for name, facts in self.surveys.items()}
 
 
 def evenly_spaced(samples: Sized, count: int) -> list[int]:

@@ -115,14 +115,9 @@ def _are_probabilities(numbers: Tensor, dimension: int) -> bool:
 
 def _class_dimension(task: Task, outputs: Tensor, targets: Tensor) -> int | None:
     for dimension in _fitting_dimensions(outputs, targets):
-        known = torch.ones(len(targets), dtype=torch.bool)
-        if _is_integer(targets):  # a class that is not there makes a loss fail; `run` names it
-            known = (
-                class_range(outputs, targets, dimension).flatten(1).all(dim=1)
-                if targets.ndim > 1
-                else class_range(outputs, targets, dimension)
-            )
-        if known.any() and _ignores_shifts(task, outputs[known], targets[known], dimension):
+        # a class that is not there makes a loss fail; the check of all targets names it
+        known = torch.where(class_range(outputs, targets, dimension), targets, 0) if _is_integer(targets) else targets
+        if _ignores_shifts(task, outputs, known, dimension):
             return dimension
     return None
 

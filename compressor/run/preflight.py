@@ -1,9 +1,11 @@
 """Refuse a task or a model that cannot work, before any time is spent on it."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import get_args
 
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from compressor.errors import InputError
 from compressor.models.artifact import TorchModel
@@ -11,7 +13,8 @@ from compressor.models.ensemble import Ensemble
 from compressor.models.output_kind import outputs_of_model
 from compressor.models.outputs import FORWARD_ERRORS, run_on_examples
 from compressor.references.reference import Reference
-from compressor.task import SPLITS, Inputs, OutputKind, Split, Task, batches, uniform_numbers
+from compressor.run.target_check import check_targets
+from compressor.task import SPLITS, Batch, Inputs, OutputKind, Split, Task, batches, gather, uniform_numbers
 
 
 def check_task(task: object) -> Task:
@@ -40,19 +43,12 @@ def check_task(task: object) -> Task:
         split = getattr(task, name)
         if split is None:
             continue
-        if len(split) == 0:
-            msg = f"the {name} split must have samples, got 0"
-            raise InputError(msg)
-        try:
-            first = next(batches(split, 1))
-        except (ValueError, TypeError) as error:
-            hint = "; -100 will do as the target of an unlabeled one" if name == "unlabeled" else ""
-            msg = f"a sample of the {name} split must be (input, target){hint}, but: {error}"
-            raise InputError(msg) from error
+        first = _check_split(name, split)
         found = _signature(first.inputs, task)
         if found != wanted:
             msg = f"samples of the {name} split must look like example_inputs, {wanted}, got {found}"
             raise InputError(msg)
+    _check_uniform(task)
     _check_augmentation(task)
     shared = _digests(task.calibration) & _digests(task.test)
     # Real data has a few duplicates; a split that was not split has many.
@@ -60,6 +56,64 @@ def check_task(task: object) -> Task:
         msg = f"calibration must share no sample with test, got {len(shared)} in both; take it from the train split"
         raise InputError(msg)
     return task
+
+
+def _check_split(name: str, split: Split) -> Batch:
+    """Return the first sample of a split. Raises InputError for a split that has none, or no samples by number."""
+    if not (hasattr(split, "__len__") and hasattr(split, "__getitem__")) or isinstance(split, IterableDataset):
+        msg = (
+            f"the {name} split must have a length and samples by number (__len__ and __getitem__), got "
+            f"{type(split).__name__}; read a stream into compressor.Samples or a list"
+        )
+        raise InputError(msg)
+    if len(split) == 0:
+        msg = f"the {name} split must have samples, got 0"
+        raise InputError(msg)
+    hint = "; -100 will do as the target of an unlabeled one" if name == "unlabeled" else ""
+    try:
+        first = next(batches(split, 1))
+        inputs, targets = first
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        msg = f"a sample of the {name} split must be (input, target){hint}, but: {error}"
+        raise InputError(msg) from error
+    if not all(isinstance(part, Tensor) for part in (*inputs, targets)):
+        kinds = ", ".join(type(part).__name__ for part in (*inputs, targets))
+        msg = f"a sample of the {name} split must be (input, target) of tensors or numbers{hint}, got {kinds}"
+        raise InputError(msg)
+    return first
+
+
+def _check_uniform(task: Task) -> None:
+    """Read every sample. Raises InputError for samples of one split that are not alike, naming the first that differs.
+
+    Raises what the splits raise.
+    """
+    try:
+        unlike = [name for name, facts in task.surveys.items() if not facts.is_uniform]
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        unlike = [name for name in SPLITS if getattr(task, name) is not None]
+        if (difference := _first_difference(task, unlike)) is None:
+            raise
+        raise InputError(difference) from None
+    if unlike and (difference := _first_difference(task, unlike)):
+        raise InputError(difference)
+
+
+def _first_difference(task: Task, names: Sequence[str]) -> str | None:
+    """Say which sample of some splits is first to differ from the sample before it, in shape or type; None if none."""
+    for name in names:
+        split = getattr(task, name)
+        wanted = ""
+        for row in range(len(split)):
+            inputs, target = gather(split, [row])
+            found = ", ".join(f"{part.dtype} {tuple(part.shape[1:])}" for part in (*inputs, target))
+            if row and found != wanted:
+                return (
+                    f"samples of the {name} split must all be alike, (input, target), but sample {row - 1} is {wanted} "
+                    f"and sample {row} is {found}; pad or crop them to one shape"
+                )
+            wanted = found
+    return None
 
 
 def as_task(task: object) -> Task:
@@ -105,11 +159,12 @@ def _signature(inputs: Inputs, task: Task) -> list[str]:
 
 
 def check_model(model: TorchModel, task: Task) -> None:
-    """Try the model, the loss and the metrics on two training samples.
+    """Try the model, the loss and the metrics on two training samples, and compare all targets with the outputs.
 
-    Raises InputError if the model does not run, or its outputs fit neither loss nor metrics.
+    Raises InputError if the model does not run, or its outputs fit neither loss nor metrics nor targets.
     """
     outputs = _outputs(model, task)
+    check_targets(model, task)
     batch = next(batches(task.train, 2))
     try:
         outputs = model.predict(batch.inputs)
