@@ -4,6 +4,7 @@ import math
 import operator
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from compressor.export.operators import QUANTIZE
 from compressor.export.parity import FLOAT_TOLERANCE
 from compressor.export.to_onnx import to_unchecked_onnx
 from compressor.models.artifact import OnnxModel
+from compressor.models.output_kind import outputs_of
 from compressor.onnx_files.runtime import open_session
 from compressor.quantization.codes import CODES
 from compressor.quantization.float_graph import arguments, copy_graph
@@ -92,6 +94,8 @@ def compare(
     sums: list[Tensor] = []
     powers = torch.zeros(3, dtype=torch.float64)
     elements = classified = same = apart = 0
+    some = gather(task.validation, rows[:_FEW_SAMPLES])
+    kind = replace(outputs_of(task, predict(int8_graph, some.inputs), some.targets), are_probabilities=False)
     for indices in _batches(rows):
         batch = gather(task.validation, indices)
         outputs = (reference(batch.inputs), predict(int8_graph, batch.inputs), deployed.predict(batch.inputs))
@@ -101,11 +105,12 @@ def compare(
         sums.append(torch.stack([metric.statistics(tensor, batch.targets) for tensor in outputs]))
         powers += torch.stack([part.square().sum() for part in (wanted, theirs - wanted, theirs - ours)])
         elements += ours.numel()
-        if _are_logits(ours, batch.targets):
-            chosen = theirs.argmax(dim=1, keepdim=True)
-            gap = ours.amax(dim=1, keepdim=True) - ours.gather(1, chosen)
+        if kind.kind != "values":
+            our_logits, their_logits = kind.as_logits(ours), kind.as_logits(theirs)
+            chosen = their_logits.argmax(dim=1, keepdim=True)
+            gap = our_logits.amax(dim=1, keepdim=True) - our_logits.gather(1, chosen)
             classified += gap.numel()
-            same += int((ours.argmax(dim=1, keepdim=True) == chosen).sum())
+            same += int((our_logits.argmax(dim=1, keepdim=True) == chosen).sum())
             apart += int((gap > 2 * tolerance).sum())  # either of the two logits may be off
     signal, noise, squares = powers.tolist()
     values = [metric.value(total) for total in torch.stack(sums).sum(dim=0)]
@@ -271,16 +276,6 @@ def _place(node: Node) -> str:
 def _batches(rows: Sequence[int]) -> list[Sequence[int]]:
     ends = [0, 1, 3, *range(3 + EVALUATION_BATCH, len(rows) + EVALUATION_BATCH, EVALUATION_BATCH)]
     return [rows[start:end] for start, end in pairwise(ends) if rows[start:end]]
-
-
-def _are_logits(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether outputs are (N, C, …) with C >= 2, and targets class indices (N, …)."""
-    return (
-        outputs.ndim > 1
-        and outputs.shape[1] > 1
-        and not targets.is_floating_point()
-        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
-    )
 
 
 def _root_mean_square(values: Tensor) -> float:
