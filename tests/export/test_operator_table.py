@@ -36,6 +36,20 @@ def test_operators_of_one_export_are_not_in_the_table_of_the_next():
         assert export() == alone
 
 
+def test_composite_operators_are_looked_up_once_for_an_export(monkeypatch):
+    lookups = []
+    look_up = torch._C._dispatch_get_registrations_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C, "_dispatch_get_registrations_for_dispatch_key", lambda key: lookups.append(key) or look_up(key)
+    )
+    alone = export()
+    assert len(lookups) > 10  # torch 2.13 does it for each namespace, twice
+    lookups.clear()
+    with share_operator_table():
+        assert export() == alone
+    assert len(lookups) == 1
+
+
 def test_torch_makes_its_own_table_again_behind_the_block():
     from torch.onnx._internal.exporter._registration import ONNXRegistry  # noqa: PLC0415  # private to torch
 
