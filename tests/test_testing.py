@@ -17,6 +17,7 @@ from compressor.references.reference import Reference
 from compressor.stage import Stage, StageContext
 from compressor.task import Task
 from compressor.testing import check_stage
+from processes import run_python
 
 PLAIN = Reference(factory="networks:PlainNetwork")
 
@@ -79,10 +80,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def python(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(Path(__file__).parent)])}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
+    return run_python(*arguments, PYTHONPATH=os.pathsep.join([str(site), str(Path(__file__).parent)]))
 
 
 def test_installed_stage_is_listed_and_accepted_in_a_pipeline(site, tmp_path):

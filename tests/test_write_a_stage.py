@@ -1,12 +1,12 @@
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from processes import run_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,14 +19,7 @@ def block_of(page: str, language: str, marker: str) -> str:
 
 
 def python(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(*arguments, cwd=directory, PYTHONPATH=str(directory))
 
 
 def run(directory: Path, *options: str) -> dict:

@@ -1,11 +1,12 @@
 import json
-import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PROBE = """
@@ -16,7 +17,12 @@ main()
 """
 
 
-def compress(*arguments: str) -> subprocess.CompletedProcess:
+def compress(*arguments: str, torch: bool = False) -> subprocess.CompletedProcess:
+    return run_python("-c", PROBE, *arguments, cwd=ROOT, torch=torch)
+
+
+def compress_from_the_start(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the command in an interpreter of its own, which has imported nothing."""
     command = [sys.executable, "-c", PROBE, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -24,7 +30,7 @@ def compress(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("stages",), ("--version",)])
 def test_command_answers_without_torch_in_half_a_second_of_cpu(arguments):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    finished = compress(*arguments)
+    finished = compress_from_the_start(*arguments)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.splitlines()[-1] == "[]"
@@ -36,13 +42,8 @@ def test_command_answers_without_torch_in_half_a_second_of_cpu(arguments):
 def test_log_lines_are_no_commands_in_github_actions(in_actions, written):
     probe = "import atexit, logging; from compressor.cli.main import main; "
     probe += "atexit.register(lambda: logging.getLogger('compressor').info('layer a\\n::error::b')); main()"
-    finished = subprocess.run(
-        [sys.executable, "-c", probe, "--version"],
-        env={**os.environ, "GITHUB_ACTIONS": in_actions},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    finished = run_python("-c", probe, "--version", torch=False, GITHUB_ACTIONS=in_actions)
+    assert finished.returncode == 0
     assert finished.stderr.splitlines() == ["layer a", written]
 
 
@@ -66,7 +67,7 @@ def test_stages_are_listed_with_what_they_do():
 
 
 def test_example_pipelines_are_valid(tmp_path):
-    finished = compress("check", "pipelines/digits.yaml", "--runs", str(tmp_path))
+    finished = compress_from_the_start("check", "pipelines/digits.yaml", "--runs", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
     assert "sklearn" not in finished.stderr  # the user's code is not imported
     assert next(line.split()[0] for line in finished.stdout.splitlines()) == "training"
@@ -76,13 +77,13 @@ def test_misspelt_key_exits_2_with_its_place(tmp_path):
     file = tmp_path / "typo.yaml"
     file.write_text((ROOT / "pipelines/digits.yaml").read_text().replace("epochs: 15", "epoch: 15"))
     (tmp_path / "digits.py").write_text((ROOT / "pipelines/digits.py").read_text())
-    finished = compress("check", str(file))
+    finished = compress("check", str(file), torch=True)
     assert finished.returncode == 2
     assert "typo.yaml:8:5: unknown key 'epoch' in stages.0; did you mean 'epochs'?" in finished.stderr
 
 
 def test_schema_is_json_that_knows_every_stage():
-    schema = json.loads(compress("schema").stdout)
+    schema = json.loads(compress("schema", torch=True).stdout)
     assert "pruning_ratio" in json.dumps(schema)
 
 
@@ -98,11 +99,11 @@ def test_unknown_command_exits_2():
 
 
 def test_committed_schema_is_what_the_command_prints():
-    assert compress("schema").stdout == (ROOT / "pipelines/pipeline.schema.json").read_text()
+    assert compress("schema", torch=True).stdout == (ROOT / "pipelines/pipeline.schema.json").read_text()
 
 
 def test_layers_of_every_model_of_a_pipeline_are_listed():
-    finished = compress("layers", "pipelines/digits.yaml")
+    finished = compress("layers", "pipelines/digits.yaml", torch=True)
     assert finished.returncode == 0, finished.stderr
     teacher, student = finished.stdout.split("\n\n")
     assert teacher.splitlines()[0] == "digits:teacher: 251,098 parameters"
@@ -115,7 +116,7 @@ def test_layers_of_a_model_that_does_not_run_exit_5(tmp_path):
     code = (ROOT / "pipelines/digits.py").read_text().replace("nn.Conv2d(1, width", "nn.Conv2d(3, width")
     (tmp_path / "digits.py").write_text(code)
     (tmp_path / "digits.yaml").write_text((ROOT / "pipelines/digits.yaml").read_text())
-    finished = compress("layers", str(tmp_path / "digits.yaml"))
+    finished = compress("layers", str(tmp_path / "digits.yaml"), torch=True)
     assert finished.returncode == 5
     assert "error: Sequential must run on example_inputs, but: RuntimeError" in finished.stderr
     assert "Traceback" not in finished.stderr

@@ -2,11 +2,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from processes import run_python
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "tests/reports/digits.json"
@@ -19,16 +20,8 @@ main()
 """
 
 
-def compress(*arguments: str | Path, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
-    finished = subprocess.run(
-        [sys.executable, "-c", PROBE, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+def compress(*arguments: str | Path, stdout: int | None = None, **environment: str) -> subprocess.CompletedProcess:
+    finished = run_python("-c", PROBE, *arguments, cwd=ROOT, stdout=stdout, torch=False, **environment)
     *lines, has_torch = finished.stderr.splitlines()
     assert has_torch == "False", finished.stderr
     finished.stderr = "\n".join(lines)
@@ -264,7 +257,7 @@ def test_standard_output_that_is_full_exits_7_after_all_else_is_told(larger, tmp
     junit, summary = tmp_path / "gate.xml", tmp_path / "summary.md"
     with Path("/dev/full").open("w") as full:
         in_actions = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
-        finished = gate(larger, "--junit", junit, stdout=full, **in_actions)
+        finished = gate(larger, "--junit", junit, stdout=full.fileno(), **in_actions)
     assert finished.returncode == 7
     command, error = finished.stderr.splitlines()
     assert command.startswith("::error title=size_bytes::unmet")

@@ -3,7 +3,6 @@
 import gzip
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from compressor.errors import InputError
 from compressor.measure.bench import bench, distinct_names
 from compressor.records.benchmark import Benchmark
 from example_onnx import convolutions, graph_model, linear_model, save, save_external
+from processes import run_python
 
 PROBE = """
 import atexit, sys
@@ -25,8 +25,7 @@ main()
 
 
 def compress_bench(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PROBE, "bench", "--max-seconds", "0", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_python("-c", PROBE, "bench", "--max-seconds", "0", *map(str, arguments), torch=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 import copy
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from compressor.models.trusted import Trusted
 from compressor.pruning.students import narrower
 from compressor.references.reference import Reference
 from networks import PlainNetwork
+from processes import run_python
 
 PLAIN = Reference(factory="networks:PlainNetwork")
 
@@ -34,8 +32,7 @@ save_file({"logits": TorchModel.load(directory).predict((images,))}, directory /
 
 def logits_of_a_fresh_process(directory: Path, images: torch.Tensor) -> torch.Tensor:
     save_file({"images": images}, directory / "images.safetensors")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", RELOAD, str(directory)], check=True, env=environment)
+    run_python("-c", RELOAD, directory, PYTHONPATH=str(Path(__file__).parents[1])).check_returncode()
     return load_file(directory / "logits.safetensors")["logits"]
 
 

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from compressor.pruning.criteria import magnitude
 from compressor.pruning.groups import run, without
 from compressor.references.reference import Reference
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, StackedNetwork, TiedNetwork
+from processes import run_python
 
 TESTS = Path(__file__).parents[1]
 
@@ -108,9 +106,8 @@ def test_pruned_models_are_saved_reloaded_in_a_fresh_process_and_exported_with_t
         logits[kind] = smaller.predict((images,))
         exported = to_onnx(smaller.module, digits_task, tmp_path / f"{kind}.onnx")
         assert relative_error(exported.predict((images,)), logits[kind]) <= FLOAT_TOLERANCE
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", RELOAD, str(tmp_path / "images.safetensors"), *(str(tmp_path / k) for k in KINDS)]
-    subprocess.run(command, check=True, env=environment)
+    arguments = (tmp_path / "images.safetensors", *(tmp_path / kind for kind in KINDS))
+    run_python("-c", RELOAD, *arguments, PYTHONPATH=str(TESTS)).check_returncode()
     for kind in KINDS:
         assert torch.equal(load_file(tmp_path / kind / "logits.safetensors")["logits"], logits[kind]), kind
 

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from compressor.pruning.transformers import transformer_groups, transformer_unit
 from compressor.references.reference import Reference
 from compressor.task import Samples, Task
 from networks import ConcatenatedNetwork, PlainNetwork
+from processes import run_python
 from transformer_networks import EncoderLayers, PatchTransformer, bert
 
 TESTS = Path(__file__).parents[1]
@@ -186,8 +184,7 @@ def test_pruned_models_reload_in_a_fresh_process_with_equal_logits(tmp_path, dig
         smaller.save(directory)
         save_file({"inputs": inputs.contiguous()}, directory / "inputs.safetensors")
         expected[directory] = smaller.predict((inputs,))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, expected)], check=True, env=environment)
+    run_python("-c", RELOAD, *expected, PYTHONPATH=str(TESTS)).check_returncode()
     for directory, logits in expected.items():
         assert torch.equal(load_file(directory / "logits.safetensors")["logits"], logits), directory.name
 

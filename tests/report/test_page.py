@@ -3,8 +3,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -18,6 +16,7 @@ from compressor.report.json import read_report
 from compressor.report.page.html import to_html
 from compressor.report.remarks import headline, remarks
 from compressor.report.reproduction import command
+from processes import run_python
 
 ROOT = Path(__file__).parents[2]
 STYLE = (ROOT / "compressor/report/page/templates/page.css").read_text()
@@ -248,8 +247,7 @@ def test_report_of_an_earlier_release_becomes_a_page():
 def test_command_writes_the_page_of_a_finished_run_again(tmp_path):
     shutil.copy(ROOT / "tests/reports/digits.json", tmp_path / "report.json")
     written = tmp_path / "pages" / "again.html"
-    command = [sys.executable, "-m", "compressor", "report", str(tmp_path), "--json", "--html", str(written)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = run_python("-m", "compressor", "report", tmp_path, "--json", "--html", written, torch=False)
     assert json.loads(finished.stdout)["pipeline"] == "digits"
     assert written.read_text() == to_html(read_report(tmp_path / "report.json"))
 

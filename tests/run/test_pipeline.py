@@ -1,9 +1,8 @@
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +20,7 @@ from compressor.report.json import read_report
 from compressor.report.page.html import to_html
 from compressor.run.pipeline import run
 from compressor.run.store import Store
+from processes import Child, start_python
 
 CODE = """
 import torch
@@ -98,13 +98,12 @@ def finished(tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of the finished run that a test may damage."""
     _file, run_directory = finished
-    subprocess.run(["cp", "-r", str(run_directory.parent), str(tmp_path / "runs")], check=True)
+    shutil.copytree(run_directory.parent, tmp_path / "runs")
     return write_pipeline(tmp_path), tmp_path / "runs/small"
 
 
-def compress(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "compressor", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def compress(*arguments: str | Path, cwd: Path) -> Child:
+    return start_python("-m", "compressor", *arguments, cwd=cwd)
 
 
 def reused(report) -> dict[str, bool]:
@@ -210,7 +209,7 @@ def test_changed_code_or_data_leaves_nothing_to_reuse(copy, old, new):
     assert old in CODE
     code.write_text(CODE.replace(old, new))
     checked = compress("check", file, "--runs", directory.parent, cwd=file.parent)
-    plan, _ = checked.communicate()
+    plan = checked.finish().stdout
     assert "stored" not in plan
     assert "changed" in plan
 
@@ -220,9 +219,9 @@ def test_check_says_what_is_stored_and_why_the_rest_runs(copy):
     checked = compress(
         "check", file, "--runs", directory.parent, "--set", "stages.2.pruning_ratio=0.25", cwd=file.parent
     )
-    plan, errors = checked.communicate()
-    assert checked.returncode == 0, errors
-    lines = [line.split(maxsplit=1) for line in plan.splitlines()]
+    ended = checked.finish()
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
     assert [name for name, _ in lines] == STAGES
     assert lines[0][1] == lines[1][1] == "stored"
     assert "settings changed: pruning_ratio" in lines[2][1]
@@ -238,15 +237,12 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
             if line.startswith(stage):
                 break
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
-        process.stdout.close()
+        assert process.finish().returncode == -signal.SIGKILL
         killed_in.append(stage)
-    process = compress("run", "--max-seconds", "0", file, cwd=tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert "training: taken from the store" in errors
-    assert "magnitude_pruning: taken from the store" in errors
+    resumed = compress("run", "--max-seconds", "0", file, cwd=tmp_path).finish()
+    assert resumed.returncode == 0, resumed.stderr
+    assert "training: taken from the store" in resumed.stderr
+    assert "magnitude_pruning: taken from the store" in resumed.stderr
     expected = finished[1] / "model.onnx"
     assert (tmp_path / "runs/small/model.onnx").read_bytes() == expected.read_bytes()
     assert list((tmp_path / "runs/small/drafts").iterdir()) == []
@@ -258,10 +254,10 @@ def test_termination_ends_with_143_and_can_be_resumed(tmp_path):
     for line in process.stderr:
         if line.startswith("training: epoch 1"):
             break
-    process.terminate()
-    _, errors = process.communicate()
-    assert process.returncode == 143
-    assert "the same command goes on" in errors
+    process.send_signal(signal.SIGTERM)
+    ended = process.finish()
+    assert ended.returncode == 143
+    assert "the same command goes on" in ended.stderr
     outcome = json.loads((tmp_path / "runs/small/outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"]) == ("failed", 143)
     assert list((tmp_path / "runs/small/drafts").iterdir()) == []
@@ -270,10 +266,9 @@ def test_termination_ends_with_143_and_can_be_resumed(tmp_path):
 def test_second_run_in_a_directory_in_use_exits_8_naming_the_holder(copy):
     file, directory = copy
     with Store(directory).lock():
-        process = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, cwd=file.parent)
-        _, errors = process.communicate()
-    assert process.returncode == 8
-    assert f"process {os.getpid()}" in errors
+        ended = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, cwd=file.parent).finish()
+    assert ended.returncode == 8
+    assert f"process {os.getpid()}" in ended.stderr
     assert json.loads((directory / "outcome.json").read_text())["exit_code"] == 0  # still that of the finished run
 
 
@@ -290,10 +285,10 @@ def test_unmet_gate_exits_3_and_says_by_how_much(copy):
         "gate.size_ratio.min=1000",
         cwd=file.parent,
     )
-    table, errors = process.communicate()
-    assert process.returncode == 3, errors
-    assert "short" in table
-    assert table.splitlines()[-1].endswith("report.json")
+    ended = process.finish()
+    assert ended.returncode == 3, ended.stderr
+    assert "short" in ended.stdout
+    assert ended.stdout.splitlines()[-1].endswith("report.json")
 
 
 def test_run_in_github_actions_fills_the_summary_and_annotates_an_unmet_gate(copy, monkeypatch):
@@ -302,21 +297,19 @@ def test_run_in_github_actions_fills_the_summary_and_annotates_an_unmet_gate(cop
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     arguments = ("--runs", directory.parent, "--set", "gate.size_ratio.min=1000", "--junit", junit)
-    process = compress("run", "--max-seconds", "0", file, *arguments, cwd=file.parent)
-    _, errors = process.communicate()
-    assert process.returncode == 3, errors
+    ended = compress("run", "--max-seconds", "0", file, *arguments, cwd=file.parent).finish()
+    assert ended.returncode == 3, ended.stderr
     assert summary.read_text() == (directory / "report.md").read_text()
-    assert errors.splitlines()[-1].startswith("::error title=size_ratio::unmet: size_ratio must be >= 1000, got ")
+    assert ended.stderr.splitlines()[-1].startswith("::error title=size_ratio::unmet: size_ratio must be >= 1000, got ")
     (suite,) = ElementTree.parse(junit).getroot()
     assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("small", "1", "1")
 
 
 def test_json_report_is_all_of_standard_output(copy):
     file, directory = copy
-    process = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, "--json", cwd=file.parent)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert json.loads(output)["pipeline"] == "small"
+    ended = compress("run", "--max-seconds", "0", file, "--runs", directory.parent, "--json", cwd=file.parent).finish()
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["pipeline"] == "small"
 
 
 def test_student_of_other_classes_is_refused_before_any_training(tmp_path):
@@ -376,11 +369,10 @@ class OneByOne(torch.utils.data.Dataset):
 """
     )
     file.with_name("digits_code.py").write_text(code)
-    process = compress("run", "--max-seconds", "0", file, cwd=tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 5, errors
-    assert re.search(r"digits_code\.py:\d+ raised (KeyError|IndexError)", errors)
-    assert "Traceback" not in errors
+    ended = compress("run", "--max-seconds", "0", file, cwd=tmp_path).finish()
+    assert ended.returncode == 5, ended.stderr
+    assert re.search(r"digits_code\.py:\d+ raised (KeyError|IndexError)", ended.stderr)
+    assert "Traceback" not in ended.stderr
 
 
 def test_calibration_on_test_samples_is_refused(tmp_path):

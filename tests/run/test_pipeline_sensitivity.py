@@ -1,8 +1,6 @@
 import logging
-import os
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from compressor.references.reference import prefer_modules_in
 from compressor.run.keys import forecast
 from compressor.run.pipeline import prepare, run
 from compressor.run.store import Store
+from processes import run_python
 
 CODE = """
 import torch
@@ -79,8 +78,7 @@ def told(caplog):
 
 
 def compress(file: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "compressor", *arguments]
-    return subprocess.run(command, cwd=file.parent, env=os.environ, capture_output=True, text=True, check=False)
+    return run_python("-m", "compressor", *arguments, cwd=file.parent)
 
 
 @pytest.fixture(scope="module")

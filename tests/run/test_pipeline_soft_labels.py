@@ -1,8 +1,7 @@
 import logging
-import os
+import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from compressor.models.soft_label_file import SoftLabelFile
 from compressor.report.json import read_report
 from compressor.run.pipeline import run
 from compressor.run.store import Store
+from processes import run_python
 
 CODE = """
 import os
@@ -104,20 +104,12 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copy(finished, tmp_path):
     """A copy of the finished run that a test may change."""
-    subprocess.run(["cp", "-r", str(finished[1].parent), str(tmp_path / "runs")], check=True)
+    shutil.copytree(finished[1].parent, tmp_path / "runs")
     return write_pipeline(tmp_path), tmp_path / "runs/small"
 
 
-def compress(file: Path, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "compressor", "run", "--max-seconds", "0", str(file)]
-    return subprocess.Popen(
-        command,
-        cwd=file.parent,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def compress(file: Path, **environment: str) -> subprocess.CompletedProcess:
+    return run_python("-m", "compressor", "run", "--max-seconds", "0", file, cwd=file.parent, **environment)
 
 
 def labels_file(report, directory: Path) -> Path:
@@ -193,17 +185,15 @@ def test_soft_labels_that_were_killed_go_on_at_the_shard_and_end_with_equal_byte
     file = write_pipeline(tmp_path)
     expected_report, expected, _ = finished
     killed = compress(file, FATAL_SHARDS="2")
-    killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     work = tmp_path / "runs/small/work"
     assert len(list(work.glob("*/shards/*/*.logits"))) == 2
     (directory,) = work.iterdir()
     assert directory.name == expected_report.preparations[0].key
     resumed = compress(file)
-    _, errors = resumed.communicate()
-    assert resumed.returncode == 0, errors
-    assert "training: taken from the store" in errors
-    assert "soft_labels: 2 of 8 shards are there from an interrupted run" in errors
+    assert resumed.returncode == 0, resumed.stderr
+    assert "training: taken from the store" in resumed.stderr
+    assert "soft_labels: 2 of 8 shards are there from an interrupted run" in resumed.stderr
     report = read_report(tmp_path / "runs/small/report.json")
     assert (
         labels_file(report, tmp_path / "runs/small").read_bytes() == labels_file(expected_report, expected).read_bytes()
