@@ -94,18 +94,24 @@ def run(
 @RUNS
 @DEVICE
 def check(file: Path, overrides: tuple[str, ...], runs: Path, device: str) -> int:
-    """Validate a pipeline FILE and print what a run would do; model and task are not imported."""
+    """Validate a pipeline FILE and print what a run would do; model and task are not imported.
+
+    Standard error says what of the data is taken for granted.
+    """
     from compressor.config.pipeline_file import load
     from compressor.references.reference import prefer_modules_in
-    from compressor.run.keys import forecast
+    from compressor.run.keys import assumption, forecast
     from compressor.run.store import Store
 
     with prefer_modules_in(file.parent):
         pipeline = load(file, overrides)
-        steps = forecast(pipeline, Store(runs / pipeline.name), device=_device(device))
+        store = Store(runs / pipeline.name)
+        steps = forecast(pipeline, store, device=_device(device))
     width = max(len(step.name) for step in steps)
     for step in steps:
         say(f"{step.name:{width}}  {'stored' if step.reused else 'to run: ' + '; '.join(step.reasons)}")
+    if any(step.reused for step in steps):
+        say(assumption(store), err=True)  # the plan itself may be read by a program
     return 0
 
 

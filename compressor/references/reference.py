@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compressor.errors import CompressorError, HostError, InputError, did_you_mean
 from compressor.references import source_code
+from compressor.references.files_read import watch
 from compressor.references.source_code import CallFault
 
 _NAME = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
@@ -130,7 +131,8 @@ def prefer_modules_in(directory: Path) -> Iterator[None]:
     importlib.invalidate_caches()
     token = _directory.set(directory)
     try:
-        yield
+        with watch(directory):
+            yield
     finally:
         _directory.reset(token)
         with suppress(ValueError):

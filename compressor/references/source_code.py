@@ -1,6 +1,7 @@
 """What Python source says without being imported: where a module lies, what it imports, how a callable is called."""
 
 import ast
+import hashlib
 import sys
 import warnings
 from collections import defaultdict
@@ -59,7 +60,7 @@ def local_modules(module: str, directory: Path) -> dict[str, Path]:
     """File of each module that importing `module` runs and that lies beside it in `directory`, by dotted name.
 
     Imports are followed wherever they stand in the source, parent packages included. Imports made through `importlib`
-    are not seen. Empty if `module` itself does not lie in `directory`.
+    are not seen: `files_read` sees them when they happen. Empty if `module` itself does not lie in `directory`.
     """
     files: dict[str, Path] = {}
     is_local: dict[str, bool] = {}
@@ -124,10 +125,41 @@ def _package(module: str, spec: ModuleSpec) -> str:
     return module if spec.submodule_search_locations is not None else module.rpartition(".")[0]
 
 
+def code_digest(file: Path) -> str:
+    """SHA-256 of what a source file does: its syntax tree, without comments, docstrings and layout.
+
+    Bare strings do nothing, so none counts. A file that is no Python counts with every byte.
+    """
+    content = file.read_bytes()
+    try:
+        tree = _parse_bytes(content, file) if file.suffix == ".py" else None
+    except (SyntaxError, ValueError, RecursionError):
+        tree = None
+    if tree is None:
+        return hashlib.sha256(content).hexdigest()
+    for node in ast.walk(tree):
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                setattr(node, block, [one for one in statements if not _is_bare_string(one)])
+    return hashlib.sha256(ast.dump(tree).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_bare_string(node: ast.AST) -> bool:
+    match node:
+        case ast.Expr(value=ast.Constant(value=str() | bytes())):
+            return True
+    return False
+
+
 def _parse(file: Path) -> ast.Module:
+    return _parse_bytes(file.read_bytes(), file)
+
+
+def _parse_bytes(content: bytes, file: Path) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the import shows them, if there is one
-        return ast.parse(file.read_bytes(), str(file))
+        return ast.parse(content, str(file))
 
 
 def _find_imports(file: Path, package: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from compressor.references.reference import prefer_modules_in, user_errors
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
 from compressor.report.page.html import to_html
-from compressor.run.keys import Step, data_fingerprints, list_steps, remember
+from compressor.run.keys import Step, data_fingerprints, list_steps, note_code, remember
 from compressor.run.outcome import record_end, record_outcome
 from compressor.run.preflight import check_model, check_reference, check_task
 from compressor.run.promises import check_type
@@ -85,8 +85,9 @@ def _assist(pipeline: Pipeline, store: Store, device: torch.device) -> Any:
 def _carry_out(pipeline: Pipeline, store: Store, device: torch.device) -> tuple[tuple[Obtained, ...], Run]:
     task = check_task(pipeline.task.call())
     data = data_fingerprints(task)
-    chain = list_steps(pipeline, data=data, device=device.type)
-    remember(store, data, chain)
+    note_code(pipeline, store)
+    chain = list_steps(pipeline, store, data=data, device=device.type)
+    remember(pipeline, store, data, chain)
     this = Run(pipeline, task, store, device)
     obtained = _obtain(chain, this)
     for document in (document for one in obtained for document in one.facts.findings.documents):

@@ -26,7 +26,7 @@ from compressor.models.trusted import Trusted
 from compressor.records.findings import Finding
 from compressor.records.measurements import Fidelity
 from compressor.records.step_facts import ModelFacts, StepFacts, collect_findings
-from compressor.run.keys import Step
+from compressor.run.keys import Step, note_code
 from compressor.run.promises import check_kept, check_reload, check_type
 from compressor.run.store import Entry, Store
 from compressor.stage import StageContext, trust
@@ -120,6 +120,7 @@ def compute(step: Step, before: Sequence[Obtained], run: Run) -> Entry:
             model=_measure(artifact, draft, [one.entry for one in before], run) if step.gives_model else None,
         )
         _check_zeros(facts)
+        note_code(run.pipeline, run.store)
         entry = run.store.commit(draft, step.key, facts.model_dump(mode="json"))
     run.store.clear_workspaces()
     return entry

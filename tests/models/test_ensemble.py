@@ -15,6 +15,7 @@ from compressor.models.trusted import Trusted
 from compressor.references.reference import Reference, prefer_modules_in
 from compressor.run.keys import list_steps
 from compressor.run.pipeline import run
+from compressor.run.store import Store
 from networks import PlainNetwork, ResidualNetwork
 
 PLAIN = {"factory": "networks:PlainNetwork"}
@@ -78,7 +79,7 @@ def directory(tmp_path: Path) -> Path:
 def baseline_step(directory: Path):
     pipeline = load(directory / "small.yaml")
     with prefer_modules_in(directory):
-        return list_steps(pipeline, data={}, device="cpu")[0]
+        return list_steps(pipeline, Store(directory), data={}, device="cpu")[0]
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.25, 0.75)])
