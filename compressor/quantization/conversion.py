@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -103,25 +104,22 @@ def convert(
 
 
 def _shield_floats(result: GraphModule, int8: Collection[Node]) -> None:
-    """Let what computes in float read dequantized halves times two, in place: equal numbers, bit for bit.
+    """Let what computes in float read dequantized numbers clipped to what codes can be, in place: equal, bit for bit.
 
     ONNX Runtime takes any operator that reads a DequantizeLinear for one that wants int8, and rounds float weights to
-    int8 by itself. A product between the two keeps it away. `int8` are the nodes that are meant to be fused.
+    int8 by itself. A clip between the two keeps it away. A product with 1 would be taken away, and another scale on the
+    same codes is read wrongly elsewhere. `int8` are the nodes that are meant to be fused.
     """
     for codes in [node for node in result.graph.nodes if node.target is QUANTIZE]:
         for dequantized in [user for user in codes.users if user.target is DEQUANTIZE]:
             readers = [user for user in dequantized.users if user not in int8 and _computes(user)]
             if not readers:
                 continue
-            _, scale, zero_point, axis = dequantized.args
-            half = parameter(result, scale) / 2
+            scale, zero_point = (float(parameter(result, node)) for node in dequantized.all_input_nodes[1:])
+            ends = [float(np.float32(scale) * np.float32(code - zero_point)) for code in (0, CODES)]
             with result.graph.inserting_before(dequantized.next):
-                halves = result.graph.call_function(
-                    DEQUANTIZE, (codes, add_tensor(result, f"{dequantized.name}_half", half), zero_point, axis)
-                )
-                shielded = result.graph.call_function(aten.mul.Tensor, (halves, 2.0))
-            for node in (halves, shielded):
-                node.meta = dict(dequantized.meta)
+                shielded = result.graph.call_function(aten.clamp.default, (dequantized, *ends))
+            shielded.meta = dict(dequantized.meta)
             for reader in readers:
                 reader.replace_input_with(dequantized, shielded)
 
