@@ -97,10 +97,13 @@ def _reload(artifact: Artifact, task: Task, trusted: Trusted, directory: Path) -
         "attachments": [attachment_name(kind) for kind in trusted.attachments],
     }
     (directory / "said.json").write_text(json.dumps(said))
-    command = [sys.executable, "-c", _RELOAD, str(directory), *sys.path]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = _run_python("-c", _RELOAD, str(directory), *sys.path)
     _require(finished.returncode == 0, "the result must load in a fresh process", finished.stderr)
     return load_file(directory / "outputs.safetensors")["outputs"]
+
+
+def _run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
 def _require(holds: bool, rule: str, found: str) -> None:  # the condition reads first, as in assert

@@ -1,3 +1,4 @@
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 
 from compressor import Samples, Task
+from processes import run_python
 
 settings.register_profile("beside other work", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("beside other work")
@@ -19,6 +21,12 @@ def pytest_configure() -> None:
     step of an export as JSON, and the export takes twice as long.
     """
     logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_finish() -> None:
+    """Let no search for garbage go through what was imported: exports make so much that each would search often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +43,14 @@ def candidates_that_are_timed_briefly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for room in ("pruning.goals", "quantization.fallback", "quantization.speed"):
             patch.setattr(f"compressor.{room}.TIMING_SECONDS", 0.2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_processes_of_check_stage_that_are_forked() -> Iterator[None]:
+    """Fork them; in a process that a test starts, `check_stage` starts an interpreter as it does for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.testing._run_python", run_python)
         yield
 
 

@@ -1,8 +1,8 @@
 """Python processes for the tests, forked from one that has imported torch: that costs seconds of CPU each time.
 
-A forked process has its own arguments, directory, environment, standard streams, signals and exit code. What it shares
-with all others of its server is what an interpreter takes at its start: the seed of hashes and the number of threads.
-Where a test is about these, about the installed command or its start, it starts an interpreter.
+A forked process has its own arguments, directory, environment, standard streams, signals and exit code. It shares
+the seed of hashes with all others of its server. Where a test is about that, or about the start of the command, it
+starts an interpreter.
 """
 
 import atexit
@@ -32,14 +32,17 @@ TRAINERS = (
     "compressor.config.chain",
     "compressor.distillation.losses",
     "compressor.export.operators",
+    "compressor.models.edits",
+    "compressor.models.module_factory",
     "compressor.models.soft_label_file",
     "compressor.pruning.guesses",
-    "compressor.training.fit",
+    "compressor.training.descent",
+    "compressor.training.sampling",
     "onnxscript",
     "sklearn.datasets",
     "torch_pruning",
 )
-"""What a run imports, without onnxruntime, which starts a thread."""
+"""What a run imports, but not onnxruntime, which starts a thread, nor what reads the environment when imported."""
 
 
 @final
@@ -60,6 +63,16 @@ class Child:
             code = int(self._status.readline())
             self._printed.seek(0)
             return subprocess.CompletedProcess([], code, self._printed.read(), errors)
+
+
+def run_two(*arguments: str | Path, **options) -> list[subprocess.CompletedProcess[str]]:
+    """Run two processes of one program, which find each other as those of torchrun do; the main one comes first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [child.finish() for child in [start_python(*arguments, **group, **rank, **options) for rank in ranks]]
 
 
 def run_python(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
@@ -147,6 +160,8 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path[:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     match arguments:
         case ["-c", code, *rest]:

@@ -1,5 +1,6 @@
 """Quantization-aware training to int8."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from compressor.stages.training import Training
 from compressor.stages.weight_pruning import WeightPruning
 from compressor.task import accuracy, evaluate
 from networks import PlainNetwork, ResidualNetwork
+from processes import run_two
 from stages.test_int8_ptq import optimized_operators, weights
-from system.test_processes import torchrun
 
 
 class Int8(NamedTuple):
@@ -198,8 +199,9 @@ def test_two_processes_have_equal_ranges_and_write_equal_files(tmp_path):
         "model = TorchModel.build(Reference(factory='networks:ResidualNetwork'), seed=0)\n"
         "apply(qat(), model, digits_task.__wrapped__(), Path(sys.argv[1]) / os.environ['RANK'])\n"
     )
-    ended = torchrun(tmp_path / "train.py", tmp_path, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    tests = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    for ended in run_two(tmp_path / "train.py", tmp_path, cwd=tmp_path, PYTHONPATH=tests):
+        assert ended.returncode == 0, ended.stderr
     first, second = (OnnxModel(tmp_path / rank / "model.onnx") for rank in ("0", "1"))
     assert activation_scales(first)
     assert first.path.read_bytes() == second.path.read_bytes()

@@ -1,7 +1,5 @@
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from compressor.training.fit import fit
 from compressor.training.objective import LabelLoss
 from compressor.training.sampling import TrainingData
 from compressor.training.settings import Optimizer, TrainingSettings, learning_rate
+from processes import run_python, run_two
 
 CPU = torch.device("cpu")
 DIVERGING = Optimizer(name="sgd", learning_rate=1e10, schedule="constant", warmup=0.0)
@@ -330,11 +329,12 @@ def fits_of_one_and_two(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("distributed")
     script = directory / "train.py"
     script.write_text(DISTRIBUTED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+    for name in ("one", "two"):
         (directory / name).mkdir()
-        subprocess.run([*command, str(script), str(directory / name)], check=True, env=environment)
+    tests = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    one = run_python(script, directory / "one", PYTHONPATH=tests, OMP_NUM_THREADS="1")
+    for ended in (one, *run_two(script, directory / "two", PYTHONPATH=tests)):
+        assert ended.returncode == 0, ended.stderr
     return directory
 
 
