@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.examples
 	$(BIN)/compress run pipelines/digits.yaml
 
-# A process of tests on each core, with one thread each.
+# A process of tests on each core, with one thread each; the tests of a file share what they make once.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The linters, and the tests that what changed since main needs; `make check ROOM=pruning` takes those of a room.
 check: lint

@@ -93,7 +93,7 @@ def main(rooms: list[str]) -> int:
         sys.stdout.write("no test names what changed\n")
         return 0
     sys.stdout.write("\n".join(["what changed needs", *chosen, ""]))
-    return pytest.main(["--numprocesses=auto", "--dist=worksteal", "-q", *(str(ROOT / path) for path in chosen)])
+    return pytest.main(["--numprocesses=auto", "--dist=loadfile", "-q", *(str(ROOT / path) for path in chosen)])
 
 
 if __name__ == "__main__":
