@@ -156,7 +156,7 @@ def measure_of(quantity: Quantity, reference: nn.Module, task: Task) -> Iterator
             return to_onnx(module, task, directory / "candidate.onnx")
 
         def latency_ratio(module: nn.Module) -> float:
-            paths = (baseline.path, export(module).path)
+            paths = (baseline.path, baseline.path if module is reference else export(module).path)
             (_, latency), _ = time_models(paths, inputs=inputs, precision=_TIMING_PRECISION, max_seconds=TIMING_SECONDS)
             return latency.ratio
 

@@ -19,18 +19,12 @@ from compressor.pruning.groups import Removal
 from networks import ConcatenatedNetwork, PlainNetwork, ResidualNetwork, WideNetwork
 
 
-@dataclass(frozen=True)
-class Search:
-    """A search on a real network, and the lines it logged."""
-
-    reached: GoalResult
-    log: list
-
-
-def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", round_to: int = 1, protect=()) -> Search:
+def search(
+    goal: Goal, module: nn.Module, task, *, allocation: str = "global", round_to: int = 1, protect=()
+) -> GoalResult:
+    """Search on a real network."""
     groups = prunable_groups(module, task.example_inputs, protect=protect)
     score, step_of = scores("l2", module, groups, task), multiples_of(round_to)
-    log: list[str] = []
 
     def removal_of(pruning_ratio: float) -> Removal:
         return allocate(
@@ -38,15 +32,14 @@ def search(goal: Goal, module: nn.Module, task, *, allocation: str = "global", r
         )
 
     with measure_of(goal.quantity, module, task) as measure:
-        reached = reach(
+        return reach(
             goal,
             module,
             removal_of=removal_of,
             cut=lambda chosen: prune_channels(module, task.example_inputs, groups, chosen),
             measure=measure,
-            log=log.append,
+            log=lambda _line: None,
         )
-    return Search(reached, log)
 
 
 def macs(module: nn.Module, task) -> float:
@@ -145,29 +138,13 @@ def test_counts_are_those_that_the_report_shows(network, digits_task, tmp_path):
     for quantity in ("parameters", "macs", "size_bytes"):
         with measure_of(quantity, module, digits_task) as count:
             assert count(module) == getattr(shown, quantity)
+    assert shown.macs == macs(module, digits_task)
 
 
-@pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, ConcatenatedNetwork])
-def test_macs_are_half_the_flops_that_torch_counts(network, digits_task):
-    module = network().eval()
+def test_macs_are_half_the_flops_that_torch_counts(digits_task):
+    module = ConcatenatedNetwork().eval()
     with measure_of("macs", module, digits_task) as measure:
         assert measure(module) == macs(module, digits_task)
-
-
-@pytest.mark.parametrize(
-    ("quantity", "allocation"), [("parameters", "isomorphic"), ("macs", "uniform"), ("size_bytes", "global")]
-)
-def test_half_of_a_quantity_is_reached_and_told(quantity, allocation, digits_task):
-    torch.manual_seed(0)
-    module = PlainNetwork().eval()
-    with measure_of(quantity, module, digits_task) as measure:
-        uncut = measure(module)
-        goal = Goal(quantity, uncut // 2)
-        found = search(goal, module, digits_task, allocation=allocation, round_to=4)
-        assert found.reached.achieved == measure(found.reached.pruned.module)
-    assert 0.7 * goal.asked <= found.reached.achieved <= goal.asked  # four of 16 channels are a quarter of the weights
-    assert all(kept % 4 == 0 for kept, _ in found.reached.pruned.channels.values())
-    assert f"{goal.asked:,.0f} asked, {found.reached.achieved:,.0f} achieved" in "\n".join(found.log)
 
 
 def test_a_goal_out_of_reach_is_refused_with_the_best_reachable(digits_task):
@@ -199,9 +176,9 @@ def test_a_latency_ratio_is_reached_under_onnx_runtime(digits_task):
     torch.manual_seed(0)
     module = WideNetwork().eval()
     found = search(Goal("latency_ratio", 1.5), module, digits_task, allocation="uniform", round_to=16)
-    assert found.reached.achieved >= 1.5
+    assert found.achieved >= 1.5
     # another timing would tell of the machine's load; one step of 16 of 96 channels takes a third of the products
-    assert macs(module, digits_task) / macs(found.reached.pruned.module, digits_task) > 1.3
+    assert macs(module, digits_task) / macs(found.pruned.module, digits_task) > 1.3
 
 
 def test_a_latency_ratio_out_of_reach_is_refused_with_the_best_reachable(digits_task):

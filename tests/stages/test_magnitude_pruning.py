@@ -100,15 +100,24 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
         MagnitudePruning.model_validate(settings)
 
 
-@pytest.mark.parametrize("quantity", ["parameters", "macs", "size_bytes"])
-def test_goal_is_reached_and_told(quantity, plain, digits_task, tmp_path):
+@pytest.mark.parametrize(
+    ("quantity", "allocation"), [("parameters", "isomorphic"), ("macs", "uniform"), ("size_bytes", "global")]
+)
+def test_half_of_a_quantity_is_reached_and_told(quantity, allocation, plain, digits_task, tmp_path):
+    reached: list = []
+    lines: list[str] = []
     with measure_of(quantity, plain.module, digits_task) as measured:
         asked = int(measured(plain.module) // 2)
-        reached: list = []
-        stage = MagnitudePruning.model_validate({quantity: asked, "round_to": 16})
-        found = stage.apply(plain, digits_task, context(plain, tmp_path, reached=reached))
-        assert reached == [(quantity, asked, measured(found.module))]
-    assert 0.4 * asked <= reached[0][2] <= asked  # 16 of 32 channels are half of the weights
+        stage = MagnitudePruning.model_validate({quantity: asked, "allocation": allocation, "round_to": 4})
+        found = stage.apply(plain, digits_task, context(plain, tmp_path, lines=lines, reached=reached))
+        achieved = measured(found.module)
+    assert reached == [(quantity, asked, achieved)]
+    assert 0.7 * asked <= achieved <= asked  # four of 16 channels are a quarter of the weights
+    module = found.module
+    assert all(
+        kept % 4 == 0 for kept in (module.conv1.out_channels, module.conv2.out_channels, module.fc1.out_features)
+    )
+    assert f"{asked:,.0f} asked, {achieved:,.0f} achieved" in "\n".join(lines)
 
 
 def test_latency_goal_is_reached_and_told(digits_task, tmp_path):

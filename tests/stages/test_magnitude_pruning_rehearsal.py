@@ -3,7 +3,7 @@
 import pytest
 
 from compressor.errors import StageError
-from compressor.models.artifact import TorchModel
+from compressor.models.artifact import Artifact, TorchModel
 from compressor.references.reference import Reference
 from compressor.stages.magnitude_pruning import MagnitudePruning
 from compressor.stages.sensitivity import Sensitivity
@@ -14,23 +14,26 @@ def plain() -> TorchModel:
     return TorchModel.build(Reference(factory="networks:PlainNetwork"), seed=0)
 
 
-@pytest.mark.parametrize(
-    "later",
-    [
-        pytest.param([MagnitudePruning(pruning_ratio=0.25, round_to=1)], id="ratio"),
-        pytest.param([MagnitudePruning(parameters=5_000, round_to=1)], id="goal"),
-        pytest.param([WeightPruning(pattern="2:4")], id="pattern"),
-        pytest.param(
-            [Sensitivity(), MagnitudePruning(pruning_ratio=0.25, allocation="sensitivity", round_to=1)],
-            id="sensitivity",
-        ),
-    ],
-)
-@pytest.mark.parametrize("goal", [{"parameters": 20_000}, {"latency_ratio": 1.1}], ids=["count", "time"])
-def test_what_follows_a_goal_is_not_refused_for_the_largest_cut(goal, later, digits_task):
-    """The rehearsal of a goal goes as far as it can; the stages behind it meet a model that was cut less."""
+LATER = {
+    "ratio": [MagnitudePruning(pruning_ratio=0.25, round_to=1)],
+    "goal": [MagnitudePruning(parameters=5_000, round_to=1)],
+    "pattern": [WeightPruning(pattern="2:4")],
+    "sensitivity": [Sensitivity(), MagnitudePruning(pruning_ratio=0.25, allocation="sensitivity", round_to=1)],
+}
+
+
+@pytest.fixture(scope="module", params=[{"parameters": 20_000}, {"latency_ratio": 1.1}], ids=["count", "time"])
+def behind_a_goal(request, digits_task) -> Artifact | None:
+    """What the rehearsal of a goal gives."""
     model = plain()
-    for stage in (MagnitudePruning.model_validate({"round_to": 1, **goal}), *later):
+    return MagnitudePruning.model_validate({"round_to": 1, **request.param}).rehearse(model, model, digits_task)
+
+
+@pytest.mark.parametrize("later", LATER.values(), ids=LATER)
+def test_what_follows_a_goal_is_not_refused_for_the_largest_cut(behind_a_goal, later, digits_task):
+    """The rehearsal of a goal goes as far as it can; the stages behind it meet a model that was cut less."""
+    model = behind_a_goal
+    for stage in later:
         model = stage.rehearse(model, plain(), digits_task)
     assert isinstance(model, TorchModel)
 
