@@ -21,7 +21,7 @@ from compressor.models.attachment import Attachment
 from compressor.models.edits import Edit, apply_edit_in_place, apply_edits
 from compressor.models.module_factory import build_module
 from compressor.models.trusted import Trusted, attachment_name
-from compressor.models.weights import explain_difference, load_weights
+from compressor.models.weights import check_finite, explain_difference, load_weights
 from compressor.onnx_files.reading import external_files, load_graph
 from compressor.onnx_files.runtime import ERRORS, open_session
 from compressor.references.reference import Reference, is_path, load
@@ -65,6 +65,7 @@ class TorchModel:
         weights_file = reference.arguments.get("weights_file")
         if weights_file is not None:
             load_weights(module, weights_file)
+        check_finite(module, reference.factory if weights_file is None else str(weights_file))
         return cls(module, _without_weights(reference))
 
     def with_module(self, module: nn.Module, *edits: Edit) -> "TorchModel":
