@@ -29,16 +29,17 @@ class Logits(nn.Module):
         return self.model(inputs).logits
 
 
-def bert(width=32):
-    return Logits(BertForSequenceClassification(BertConfig(**TOKENS, **{**TINY, "hidden_size": width})))
+def bert(width=32, layers=2):
+    sizes = {**TINY, "hidden_size": width, "num_hidden_layers": layers}
+    return Logits(BertForSequenceClassification(BertConfig(**TOKENS, **sizes)))
 
 
 def vit():
     return Logits(ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=4, num_channels=1)))
 
 
-def gpt2():
-    return Logits(GPT2LMHeadModel(GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16)))
+def gpt2(layers=2):
+    return Logits(GPT2LMHeadModel(GPT2Config(**TOKENS, n_embd=32, n_layer=layers, n_head=4, n_positions=16)))
 
 
 def llama():

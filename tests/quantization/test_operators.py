@@ -293,20 +293,19 @@ def test_padding_with_another_number_than_zero_keeps_that_number(tmp_path: Path)
 @pytest.mark.parametrize(
     ("build", "linears"),
     [
-        pytest.param(gpt2, 2 * 4 + 1, id="GPT-2, whose layers are Conv1D and whose last is its embedding"),
-        pytest.param(bert, 2 * 6 + 2, id="BERT"),
+        pytest.param(gpt2, 4 + 1, id="GPT-2, whose layers are Conv1D and whose last is its embedding"),
+        pytest.param(bert, 6 + 2, id="BERT"),
     ],
 )
 def test_language_models_run_linear_layers_in_int8_and_attention_in_float(
-    build: Callable[[], nn.Module], linears: int, tmp_path: Path
+    build: Callable[..., nn.Module], linears: int, tmp_path: Path
 ) -> None:
-    module, tokens = random_network(build), torch.randint(0, 50, (16, 5))
+    module, tokens = random_network(lambda: build(layers=1)), torch.randint(0, 50, (16, 5))
     model = int8(module, tokens, tmp_path)
     operators = optimized_operators(model, tmp_path)
     assert operators["MatMulIntegerToFloat"] + operators["QGemm"] == linears
-    # two products for each of two layers
-    assert operators["MatMul"] + operators["FusedMatMul"] == 4
-    assert operators["Softmax"] == 2
+    assert operators["MatMul"] + operators["FusedMatMul"] == 2
+    assert operators["Softmax"] == 1
     assert operators["Gemm"] + operators["QLinearMatMul"] == 0
     with torch.no_grad():
         assert relative_error(model.predict((tokens,)), module(tokens)) < 0.08
