@@ -1,4 +1,4 @@
-"""torch's tables of operators, made once: by itself torch makes one for each export, and another 56 times in each."""
+"""torch's tables of operators, made once: by itself torch makes one for each export, and another 54 times in each."""
 
 import contextlib
 import copy
