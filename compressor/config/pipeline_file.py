@@ -181,7 +181,12 @@ def _steps(root: Node, path: str, place: Place) -> KeyPath:
             known = {str(index): index for index in node.children}
             if step not in known:
                 listed = ", ".join(f"{index} {_label(entry)}".strip() for index, entry in node.children.items())
-                raise ConfigError([place.problem(f"{name} takes a number, got {step!r}; it has {listed or 'none'}")])
+                count = len(known)
+                what = "stage" if name == "stages" else "entry" if count == 1 else "entrie"
+                has = f"there {'is' if count == 1 else 'are'} {count} {what}{'' if count == 1 else 's'}"
+                wanted = f"must be a number from 0 to {count - 1}" if known else "can have no number"
+                told = f"{has}: {listed}" if known else has
+                raise ConfigError([place.problem(f"the place in {name} {wanted}, got {step!r}; {told}")])
             taken.append(known[step])
         elif isinstance(node.value, Mapping):
             taken.append(step)

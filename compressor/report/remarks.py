@@ -12,6 +12,9 @@ from compressor.text.figures import change, count, milliseconds, printable, size
 _MANY_ZEROS = 0.1
 """Share of the parameters from which on zeros are worth a sentence: a few biases or codes are zero in many models."""
 
+_LEAST_GROWTH = 0.005
+"""A file that grows by less than this part is no worse: the names and labels that an export writes are a few bytes."""
+
 
 def headline(report: Report) -> str:
     """What came in and what came out, in one line."""
@@ -99,7 +102,7 @@ def _achievements(after: Row, new: str) -> Iterator[str]:
 
 def _larger(before: Row, after: Row, old: str, new: str) -> Iterator[str]:
     small, large = before.measurement.size_bytes, after.measurement.size_bytes
-    if large > small:
+    if large > small * (1 + _LEAST_GROWTH):
         yield f"{new} is {size(large - small)} larger than {old}: {size(large)} after {size(small)}."
 
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.records.measurements import Interval, Latency, Measurement
 from compressor.records.report import Level, Report, Verdict
-from compressor.verdicts.limit import Limit, percent, undecidable
+from compressor.text.figures import share
+from compressor.verdicts.limit import Limit, percent, points, undecidable
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -118,12 +119,14 @@ def _verdicts(budget: Budget, report: Report, earlier: Report) -> Iterator[Verdi
     timings = _timings(report, earlier)
     yield _slowdown(budget.latency_ratio, timings)
     yield _delay(budget.latency_ms, _differing_machines(report, earlier) or timings)
-    yield _worsening("agreement", budget.agreement, _agreements(report, earlier))
+    yield _worsening("agreement", budget.agreement, _agreements(report, earlier), is_share=True)
     metrics = {metric.name: metric for metric in (*earlier.metrics, *report.metrics)}
     for name in dict.fromkeys([*metrics, *budget.metrics]):
         is_better = name not in metrics or metrics[name].higher_is_better
         allowed = budget.metrics.get(name, MaxWorsening())
-        yield _worsening(name, allowed, _values(name, report, earlier), higher_is_better=is_better)
+        is_share = name in metrics and metrics[name].unit == "%"
+        pair = _values(name, report, earlier)
+        yield _worsening(name, allowed, pair, higher_is_better=is_better, is_share=is_share)
 
 
 def _growth(metric: str, allowed: MaxGrowth, was: int, now: int) -> Verdict:
@@ -151,16 +154,16 @@ def _delay(allowed: MaxDelay, timings: _Timings | str) -> Verdict:
     return limit.judge_timing(Interval(now, low, high), timings.noise, Interval(was, was, was))
 
 
-def _worsening(metric: str, allowed: MaxWorsening, pair: _Pair, *, higher_is_better: bool = True) -> Verdict:
+def _worsening(
+    metric: str, allowed: MaxWorsening, pair: _Pair, *, higher_is_better: bool = True, is_share: bool = False
+) -> Verdict:
     if isinstance(pair, str):
-        wanted = f"at most {allowed.max_drop:g} worse than the earlier"
-        return undecidable(metric, wanted, pair, level=allowed.level)
+        amount = points(f"{100 * allowed.max_drop:g}") if is_share else f"{allowed.max_drop:g}"
+        return undecidable(metric, f"at most {amount} worse than the earlier", pair, level=allowed.level)
     was, now = pair
-    if higher_is_better:
-        limit = Limit(metric, ">=", was - allowed.max_drop, "unit", allowed.level)
-    else:
-        limit = Limit(metric, "<=", was + allowed.max_drop, "unit", allowed.level)
-    return limit.judge(now, f"{was:.4g} before")
+    bound = was - allowed.max_drop if higher_is_better else was + allowed.max_drop
+    limit = Limit(metric, ">=" if higher_is_better else "<=", bound, "share" if is_share else "unit", allowed.level)
+    return limit.judge(now, f"{share(was)} before" if is_share else f"{was:.4g} before")
 
 
 def _timings(report: Report, earlier: Report) -> _Timings | str:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compressor.records.report import Report, Verdict
+from compressor.text.figures import value
 from compressor.verdicts.limit import Limit
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -86,14 +87,14 @@ def judge(gate: Gate, report: Report) -> tuple[Verdict, ...]:
     if gate.latency_ratio:
         verdicts.append(_judge_latency_ratio(Limit("latency_ratio", ">=", gate.latency_ratio.min, "percent"), report))
     if gate.accuracy_drop:
-        verdicts.append(_judge_accuracy_drop(Limit("accuracy_drop", "<=", gate.accuracy_drop.max, "unit"), report))
+        verdicts.append(_judge_accuracy_drop(gate.accuracy_drop.max, report))
     if gate.transfer_bytes:
         limit = Limit("transfer_bytes", "<=", gate.transfer_bytes.max, "bytes")
         verdicts.append(limit.judge(after.transfer_bytes))
     if gate.size_bytes:
         verdicts.append(Limit("size_bytes", "<=", gate.size_bytes.max, "bytes").judge(after.size_bytes))
     if gate.agreement:
-        limit, fidelity = Limit("agreement", ">=", gate.agreement.min, "unit"), report.rows[-1].fidelity
+        limit, fidelity = Limit("agreement", ">=", gate.agreement.min, "share"), report.rows[-1].fidelity
         verdicts.append(limit.judge(fidelity.agreement) if fidelity else limit.undecidable("no agreement was measured"))
     return tuple(verdicts)
 
@@ -119,10 +120,11 @@ def _judge_latency_ratio(limit: Limit, report: Report) -> Verdict:
     return limit.judge_timing(latency.interval, [session.noise])
 
 
-def _judge_accuracy_drop(limit: Limit, report: Report) -> Verdict:
+def _judge_accuracy_drop(bound: float, report: Report) -> Verdict:
     if not report.metrics:
-        return limit.undecidable("no metric was measured")
+        return Limit("accuracy_drop", "<=", bound, "unit").undecidable("no metric was measured")
     first = report.metrics[0]
+    limit = Limit("accuracy_drop", "<=", bound, "points" if first.unit == "%" else "unit")
     before, after = (row.measurement.metrics[first.name] for row in (report.rows[0], report.rows[-1]))
     drop = before - after if first.higher_is_better else after - before
-    return limit.judge(drop, f"{first.name} {before:.4g} to {after:.4g}")
+    return limit.judge(drop, f"{first.name} {value(first, before)} to {value(first, after)}")

@@ -12,6 +12,8 @@ from compressor.text.figures import factor
 _BIAS_TOLERANCE = 0.02
 """How far from 1 the whole interval of the baseline against itself may lie; beyond, the session proves nothing."""
 
+_SHARES = ("share", "points")
+
 _CALMER = "time longer, or on a machine with less other work"
 
 
@@ -23,8 +25,9 @@ class Limit:
     metric: str
     sign: Literal[">=", "<="]
     bound: float
-    miss: Literal["bytes", "percent", "unit"]
-    """What a miss is told in: bytes, percent of the bound, or the metric's own unit."""
+    miss: Literal["bytes", "percent", "unit", "share", "points"]
+    """What a miss is told in: bytes, percent of the bound, the metric's own unit, or, of a share or of a difference of
+    shares, percentage points, as tables have it."""
     level: Level = "error"
 
     def judge(self, value: float, context: str = "") -> Verdict:
@@ -61,16 +64,22 @@ class Limit:
 
     @property
     def _bound_text(self) -> str:
-        return _exactly(self.bound)
+        return _exactly(self.bound * 100) if self.miss in _SHARES else _exactly(self.bound)
 
     @property
     def _rule(self) -> str:
-        return f"{self.sign} {self._bound_text}"
+        return f"{self.sign} {self._with_unit(self._bound_text)}"
 
     def _write_value(self, value: float, apart_from: str = "") -> str:
         if self.miss == "percent":
             return _ratio(value, apart_from)
+        if self.miss in _SHARES:
+            return self._with_unit(_figure(value * 100, apart_from, digits=4))
         return _figure(value, apart_from, digits=4)  # a tenth of a point of accuracy counts
+
+    def _with_unit(self, figure: str) -> str:
+        """Of a share its number in the unit of the tables; all else has none."""
+        return points(figure) if self.miss == "points" else f"{figure} %" if self.miss == "share" else figure
 
     def _unmet(self, value: float, shown: str) -> Verdict:
         beyond = abs(value - self.bound)
@@ -78,6 +87,7 @@ class Limit:
             miss = f"{beyond:.0f} bytes ({percent(beyond / self.bound)}) too many"
         else:
             amount = percent(beyond / self.bound) if self.miss == "percent" else _figure(beyond)
+            amount = points(_figure(beyond * 100)) if self.miss in _SHARES else amount
             miss = f"{amount} {'short' if self.sign == '>=' else 'too much'}"
         return self._verdict("unmet", f"{self.metric} must be {self._rule}, got {shown}: {miss}")
 
@@ -147,3 +157,8 @@ def _figure(value: float, apart_from: str = "", *, digits: int = 3) -> str:
 def percent(share: float) -> str:
     """A share in words, two digits or more: 2 %, 0.25 %, 17 %."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def points(figure: str) -> str:
+    """Percentage points in words: 1 point, 0.6 points."""
+    return f"{figure} point{'' if figure == '1' else 's'}"

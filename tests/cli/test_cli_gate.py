@@ -61,7 +61,7 @@ def test_a_report_is_within_the_budget_of_itself():
         "met: size_bytes is 9423 (9423 before)",
         "met: transfer_bytes is 8555 (8555 before)",
         "met: latency_ratio is 6.57 [6.54, 6.61] (6.57 [6.54, 6.61] before)",
-        "met: accuracy is 0.9972 (0.9972 before)",
+        "met: accuracy is 99.72 % (99.72 % before)",
     ]
 
 

@@ -16,9 +16,12 @@ from compressor.references.reference import Reference
         ("gate.size_ration.min=2", "unknown key 'size_ration' in gate; did you mean 'size_ratio'?"),
         (
             "stages.9.epochs=2",
-            "stages takes a number, got '9'; it has 0 (train), 1 (distill), 2 (prune), 3 (quantize), ",
+            "the place in stages must be a number from 0 to 4, got '9'; there are 5 stages: 0 (train), 1 (distill), ",
         ),
-        ("stages.prune.epochs=2", "stages takes a number, got 'prune'; it has 0 (train), "),
+        (
+            "stages.prune.epochs=2",
+            "the place in stages must be a number from 0 to 4, got 'prune'; there are 5 stages: 0 (train), ",
+        ),
         ("model.factory.x=2", "model.factory is 'digits:teacher', so it has no 'x'"),
         ("model.widht=2", "digits:teacher (digits.py:2) has no argument 'widht'; did you mean 'width'?"),
         ("task.data_dir=none", "task.data_dir must exist, but "),

@@ -50,6 +50,8 @@ def test_a_slower_row_is_named_with_the_row_before_it():
 def test_a_larger_row_is_named():
     (remark,) = remarks(report(row("a", size_bytes=1000), row("b", size_bytes=1500)))
     assert remark == "b is 500 B larger than a: 1.50 kB after 1.00 kB."
+    # the names that an export writes into the file are worth no sentence
+    assert remarks(report(row("a", size_bytes=12_301), row("b", size_bytes=12_330))) == ()
 
 
 def test_a_less_accurate_row_is_named_whatever_the_direction_of_the_metric():

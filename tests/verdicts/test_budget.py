@@ -58,7 +58,7 @@ def test_a_metric_that_drops_by_its_limit_is_met_and_by_more_says_by_how_much():
     before = delivered(metrics={"accuracy": 0.99})
     assert one("accuracy", {"max_drop": 0.01}, delivered(metrics={"accuracy": 0.98}), before).status == "met"
     beyond = one("accuracy", {"max_drop": 0.01}, delivered(metrics={"accuracy": 0.975}), before)
-    assert beyond.message == "accuracy must be >= 0.98, got 0.975 (0.99 before): 0.005 short"
+    assert beyond.message == "accuracy must be >= 98 %, got 97.5 % (99.00 % before): 0.5 points short"
 
 
 def test_a_metric_for_which_lower_is_better_becomes_worse_when_it_rises():
@@ -198,13 +198,13 @@ def test_agreement_with_the_float_baseline_may_drop_only_so_far():
     before = classifiers(lost=fidelity(0.99))
     assert one("agreement", {}, classifiers(lost=fidelity(0.98)), before).status == "met"
     assert one("agreement", {}, classifiers(lost=fidelity(0.97)), before).message == (
-        "agreement must be >= 0.98, got 0.97 (0.99 before): 0.01 short"
+        "agreement must be >= 98 %, got 97 % (99.00 % before): 1 point short"
     )
 
 
 def test_agreement_that_a_report_lacks_is_undecidable():
     assert one("agreement", {}, delivered(), classifiers()).message == (
-        "agreement must be at most 0.01 worse than the earlier, but the report has none"
+        "agreement must be at most 1 point worse than the earlier, but the report has none"
     )
 
 

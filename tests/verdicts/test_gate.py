@@ -49,7 +49,10 @@ def test_an_accuracy_drop_beyond_its_limit_says_by_how_much():
     rows = row("a", metrics={"accuracy": 0.9913}), row("b", metrics={"accuracy": 0.9813})
     verdict = one({"accuracy_drop": {"max": 0.004}}, *rows)
     assert verdict.status == "unmet"
-    assert verdict.message == "accuracy_drop must be <= 0.004, got 0.01 (accuracy 0.9913 to 0.9813): 0.006 too much"
+    assert (
+        verdict.message
+        == "accuracy_drop must be <= 0.4 points, got 1 point (accuracy 99.13 % to 98.13 %): 0.6 points too much"
+    )
 
 
 def test_a_metric_for_which_lower_is_better_drops_when_it_rises():
@@ -61,9 +64,9 @@ def test_a_metric_for_which_lower_is_better_drops_when_it_rises():
 @pytest.mark.parametrize(
     ("agreement", "status", "message"),
     [
-        (0.98, "met", "agreement is 0.98"),
-        (0.975, "unmet", "agreement must be >= 0.98, got 0.975: 0.005 short"),
-        (0.97999, "unmet", "agreement must be >= 0.98, got 0.97999: 1e-05 short"),
+        (0.98, "met", "agreement is 98 %"),
+        (0.975, "unmet", "agreement must be >= 98 %, got 97.5 %: 0.5 points short"),
+        (0.97999, "unmet", "agreement must be >= 98 %, got 97.999 %: 0.001 points short"),
     ],
 )
 def test_an_agreement_that_equals_its_limit_is_met_and_a_lower_one_says_by_how_much(agreement, status, message):
@@ -74,7 +77,7 @@ def test_an_agreement_that_equals_its_limit_is_met_and_a_lower_one_says_by_how_m
 def test_an_agreement_of_models_that_are_no_classifiers_is_undecidable():
     verdict = one({"agreement": {"min": 0.98}}, row("a"), row("b"))
     assert verdict.status == "undecidable"
-    assert verdict.message == "agreement must be >= 0.98, but no agreement was measured"
+    assert verdict.message == "agreement must be >= 98 %, but no agreement was measured"
 
 
 def test_only_the_first_and_the_last_row_count():
