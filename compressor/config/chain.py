@@ -119,8 +119,10 @@ def _artifacts(stage_class: _StageClass) -> tuple[tuple[type, ...], tuple[type, 
         msg = f"the annotations of {stage_class.__name__}.apply must be types that its module imports, but: {error}"
         raise ValueError(msg) from error
     takes, gives = (_members(hints.get(name)) for name in ("model", "return"))
-    if not takes or not gives:
-        msg = f"{stage_class.__name__}.apply must be annotated like apply(self, model: TorchModel, …) -> TorchModel"
+    artifacts = get_args(load("compressor.models.artifact:Artifact"))
+    if not takes or not gives or not {*takes, *gives} <= {*artifacts}:
+        msg = f"{stage_class.__name__}.apply must be annotated like apply(self, model: TorchModel, …) -> TorchModel, "
+        msg += f"with {' or '.join(one.__name__ for one in artifacts)}"
         raise ValueError(msg)
     return takes, gives
 

@@ -256,6 +256,19 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
+def foreign_errors(what: str, module: str) -> Iterator[None]:
+    """Turn what the code of an installed `module` of somebody else raises into an InputError that says where.
+
+    Our own errors pass, and so do those of code beside the pipeline file, which `user_errors` names.
+    """
+    if module.partition(".")[0] == __name__.partition(".")[0] or _local_modules(module):
+        yield
+        return
+    with _user_code(what, module):
+        yield
+
+
+@contextmanager
 def _user_code(what: str, module: str) -> Iterator[None]:
     """Turn whatever the code of `module` raises into an InputError that says where, a missing package into a HostError.
 

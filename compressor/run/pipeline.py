@@ -15,7 +15,7 @@ from compressor.measure.quality import MOST_LISTED_CLASSES
 from compressor.models.artifact import Artifact, OnnxModel, TorchModel
 from compressor.records.environment import environment
 from compressor.records.report import Preparation, Report, make_row
-from compressor.references.reference import prefer_modules_in, user_errors
+from compressor.references.reference import foreign_errors, prefer_modules_in, user_errors
 from compressor.report.json import to_json
 from compressor.report.markdown import to_markdown
 from compressor.report.page.html import to_html
@@ -123,7 +123,8 @@ def _check_models(run: Run) -> None:
         if entering is None:
             break
         try:
-            entering = planned.stage.rehearse(entering, model, run.task)
+            with foreign_errors(planned.name, type(planned.stage).__module__):
+                entering = planned.stage.rehearse(entering, model, run.task)
             if entering is not None:
                 check_type(entering, planned.stage, "rehearse")
         except (InputError, StageError) as error:

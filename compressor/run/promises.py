@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.errors import InputError, StageError
 from compressor.export.parity import FLOAT_TOLERANCE
@@ -21,8 +21,14 @@ def check_type(given: object, stage: Stage[Any, Any], name: str) -> None:
     if not isinstance(given, promised):
         msg = f"{name} must give {getattr(promised, '__name__', promised)}, as it says, got {type(given).__name__}"
         raise StageError(msg)
+    if isinstance(given, TorchModel) and not isinstance(given.module, nn.Module):
+        msg = f"{name} must give a TorchModel of a torch.nn.Module, got {type(given.module).__name__}"
+        raise StageError(msg)
     if isinstance(given, OnnxModel) and not (isinstance(given.path, Path) and given.path.suffix == ".onnx"):
         msg = f"{name} must give an OnnxModel with the Path of an .onnx file, got {given.path!r}"
+        raise StageError(msg)
+    if isinstance(given, OnnxModel) and not given.path.is_file():
+        msg = f"{name} must give an OnnxModel of a file that is there, but {given.path} is not"
         raise StageError(msg)
 
 

@@ -26,6 +26,7 @@ from compressor.models.trusted import Trusted
 from compressor.records.findings import Finding
 from compressor.records.measurements import Fidelity
 from compressor.records.step_facts import ModelFacts, StepFacts, collect_findings
+from compressor.references.reference import foreign_errors
 from compressor.run.keys import Step, note_code
 from compressor.run.promises import check_kept, check_reload, check_type
 from compressor.run.store import Entry, Store
@@ -165,7 +166,8 @@ def _apply(
         logger.info("%s: %s", step.name, line)
 
     context = StageContext(reference, run.device, run.pipeline.seed, work_dir, log, report)
-    artifact: Artifact = step.stage.apply(model, run.task, context)
+    with foreign_errors(step.name, type(step.stage).__module__):
+        artifact: Artifact = step.stage.apply(model, run.task, context)
     check_type(artifact, step.stage, step.name)
     check_kept(model, artifact, step.stage, run.task, step.name)
     if isinstance(artifact, TorchModel):

@@ -1,7 +1,9 @@
 """What a run asks of the model that a stage gives, before anything is stored."""
 
 import copy
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from compressor.config.pipeline_file import load
 from compressor.errors import ConfigError, InputError, StageError
+from compressor.references.reference import foreign_errors
 from compressor.run.pipeline import prepare
 from compressor.run.store import Store
 
@@ -16,7 +19,7 @@ CODE = """
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from compressor import Document, Finding, OnnxModel, Reference, Samples, Stage, StageContext, Task, TorchModel
@@ -59,6 +62,8 @@ class Probe(Stage[TorchModel, TorchModel]):
                 return None
             case "onnx":
                 return OnnxModel(Path("model.onnx"))
+            case "no module":
+                return TorchModel(None, model.factory)
             case "activation":
                 changed[1] = nn.Tanh()
                 return model.with_module(changed)
@@ -84,6 +89,21 @@ class Keeps(Probe):
         return model.with_module(changed)
 
 
+class Nothing(Probe):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> None:
+        return None
+
+
+class Perhaps(Probe):
+    def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel | None:
+        return None
+
+
+class Anything(Probe):
+    def apply(self, model: Any, task: Task, context: StageContext) -> Any:
+        return None
+
+
 class ReadsAFile(Probe):
     table_file: str
 
@@ -106,6 +126,7 @@ def prepare_with(directory: Path, stage: str) -> Path:
     [
         ("nothing", "probes:Probe must give TorchModel, as it says, got NoneType"),
         ("onnx", "probes:Probe must give TorchModel, as it says, got OnnxModel"),
+        ("no module", "probes:Probe must give a TorchModel of a torch.nn.Module, got NoneType"),
         ("activation", r"the same after it was saved and loaded, but its outputs differ; .*with_submodule"),
         ("other factory", r"can be loaded again, but: the factory of .* must be one that the pipeline names"),
         ("input", "can be loaded again, but: .*model.safetensors must hold exactly the tensors"),
@@ -116,6 +137,27 @@ def test_model_that_would_be_lost_or_changed_in_the_store_is_not_stored(what, me
     with pytest.raises(StageError, match=message):
         prepare_with(tmp_path, f"Probe', what: {what}}}")
     assert len(list((tmp_path / "runs/probe/stages").iterdir())) == 1, "the baseline alone"
+
+
+@pytest.mark.parametrize("stage", ["Nothing", "Perhaps", "Anything"])
+def test_stage_that_says_to_give_something_else_than_a_model_is_refused(stage, tmp_path):
+    with pytest.raises(ConfigError, match=rf"{stage}.apply must be annotated like .* with TorchModel or OnnxModel"):
+        prepare_with(tmp_path, f"{stage}', what: ''}}")
+
+
+def test_what_an_installed_plug_in_raises_is_told_with_its_line(tmp_path):
+    file = tmp_path / "installed/elsewhere.py"
+    file.parent.mkdir()
+    file.write_text("def fail():\n    return {}['key']\n")
+    sys.path.insert(0, str(file.parent))
+    try:
+        elsewhere = importlib.import_module("elsewhere")
+        told = r"stage raised KeyError: 'key' \(.*elsewhere.py:2\)"
+        with pytest.raises(InputError, match=told), foreign_errors("stage", "elsewhere"):
+            elsewhere.fail()
+    finally:
+        sys.path.remove(str(file.parent))
+        del sys.modules["elsewhere"]
 
 
 def test_stage_that_keeps_the_model_must_keep_its_outputs(tmp_path):
