@@ -22,6 +22,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from compressor.errors import ConfigError, Problem
+from compressor.references.files_read import pause
 
 MAX_BYTES = 256_000
 MAX_DEPTH = 40
@@ -123,7 +124,7 @@ class Node:
 def read(file: Path) -> tuple[Node | None, tuple[Problem, ...]]:
     """Read the one document of `file` and all its problems; no node if the file cannot be read to its end."""
     try:
-        with file.open("rb") as stream:
+        with pause(), file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         reason = {FileNotFoundError: "no such file", IsADirectoryError: "is a directory, not a file"}

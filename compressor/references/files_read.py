@@ -32,6 +32,16 @@ def watch(directory: Path) -> Iterator[None]:
         _watched.remove(directory)
 
 
+@contextmanager
+def pause() -> Iterator[None]:
+    """Until the block is left, note nothing: what is read is neither the user's code nor data, and counts elsewhere."""
+    watched, _watched[:] = list(_watched), []
+    try:
+        yield
+    finally:
+        _watched[:] = watched
+
+
 def code_read(directory: Path) -> frozenset[Path]:
     """Python files of the user's that were read or imported for the pipeline in `directory`, by any means."""
     files = (_source(path) for path in _of_user(directory) if path.endswith((".py", ".pyc")))
@@ -48,8 +58,7 @@ def data_read(directory: Path) -> frozenset[Path]:
 
 def is_installed(file: Path) -> bool:
     """Whether a file belongs to Python, to a package that was installed, to this one, or to the system."""
-    path = str(file)
-    return path.startswith(_INSTALLED) or bool({"site-packages", "dist-packages"} & set(file.parts))
+    return f"{file}/".startswith(_INSTALLED) or bool({"site-packages", "dist-packages"} & set(file.parts))
 
 
 def _of_user(directory: Path) -> Iterator[str]:

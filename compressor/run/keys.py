@@ -104,8 +104,11 @@ def _data_files(pipeline: Pipeline, store: Store) -> set[Path]:
     given = [path for name, path in pipeline.task.arguments.items() if is_path(name) and isinstance(path, Path)]
     found = data_read(root).union(*(tree(path) for path in given))
     code = {root, *(file.parent for file in code_read(root))}
-    runs = os.path.realpath(store.root)
-    return {path for path in found - code if not Path(os.path.realpath(path)).is_relative_to(runs) or path in given}
+    runs = Path(os.path.realpath(store.root))
+    own = {
+        path for path in found if (whole := Path(os.path.realpath(path))).is_relative_to(runs) or whole in runs.parents
+    }
+    return {*(found - code - own), *given}
 
 
 def data_fingerprints(task: Task) -> dict[str, str]:

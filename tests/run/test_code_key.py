@@ -141,6 +141,8 @@ def test_check_sees_a_data_file_that_changed_and_one_that_is_new(tmp_path):
     assert project.reused == [False]
     file.write_text("0.5")
     assert project.reused == [True]
+    (tmp_path / "p.yaml").write_text(f"# {(tmp_path / 'p.yaml').read_text()}".replace("# ", "# a pipeline\n", 1))
+    assert project.reused == [True]  # the pipeline file is no data
     (tmp_path / "data/two.txt").write_text("1")
     assert project.reused == [False]
 
