@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.export.resampling import resampling_translations
 from compressor.onnx_files.qdq import along_axis
 
 
@@ -76,7 +77,7 @@ _INT8_INPUTS = 4
 
 
 def translations() -> Mapping[Any, Callable[..., Any]]:
-    """From each operator here to a function that writes it in ONNX."""
+    """From each operator here, and those of `resampling`, to a function that writes it in ONNX."""
     from onnxscript import opset20  # noqa: PLC0415  # only a translation needs it
 
     multiply = _matmul_n_bits()
@@ -102,7 +103,13 @@ def translations() -> Mapping[Any, Callable[..., Any]]:
             x, codes, scale, zero_point, None, bias, **sizes, block_size=block_size, accuracy_level=_INT8_INPUTS
         )
 
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, STORED: dequantize_stored, MATMUL_BLOCKS: multiply_blocks}
+    own: dict[Any, Callable[..., Any]] = {
+        QUANTIZE: quantize,
+        DEQUANTIZE: dequantize,
+        STORED: dequantize_stored,
+        MATMUL_BLOCKS: multiply_blocks,
+    }
+    return own | dict(resampling_translations())
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import operator
 import re
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 
 from compressor.errors import StageError
+from compressor.export.open_axes import check_open_axes
 from compressor.export.operator_table import share_operator_table
 from compressor.export.operators import translations
 from compressor.export.parity import FLOAT_TOLERANCE, check_parity
@@ -51,7 +53,7 @@ def to_onnx(
     The input is called `input` (several: as in `forward`), the output `output`; the axes in `task.dynamic_axes` stay
     open. `metadata` joins `task_metadata` in the file. With more than `inline_bytes` of tensors, these go to a file
     beside `path`. Raises StageError if torch cannot trace or translate the module, or if ONNX Runtime's outputs differ
-    from PyTorch's.
+    from PyTorch's, on the validation split or with an open axis at another size.
     """
     model = to_unchecked_onnx(module, task, path, metadata=metadata, inline_bytes=inline_bytes)
 
@@ -61,6 +63,7 @@ def to_onnx(
         return result
 
     check_parity(model, outputs, task.validation, tolerance=FLOAT_TOLERANCE)
+    check_open_axes(model, outputs, task, tolerance=FLOAT_TOLERANCE)
     return model
 
 
@@ -105,6 +108,8 @@ def capture(module: nn.Module, task: Task) -> ExportedProgram:
         msg = f"torch.export must be able to trace forward, but {found}; {_advice(error)}"
         raise StageError(msg) from error
     _spell_out_global_pools(program.graph_module)
+    _unify_bounds(program.graph_module)
+    _check_indices(program.graph_module)
     return program
 
 
@@ -135,6 +140,35 @@ def _spell_out_global_pools(module: GraphModule) -> None:
             pool.meta = {**node.meta, "val": _AVERAGE_POOLS[len(size)](image, size)}
             node.target, node.args = _aten.flatten.using_ints, (pool, 1)
     module.recompile()
+
+
+def _unify_bounds(module: GraphModule) -> None:
+    """Write the bounds of a clamp as numbers of one type, in place: torch translates no int beside a float."""
+    for node in module.graph.nodes:
+        if node.target not in {_aten.clamp.default, _aten.clamp_.default}:
+            continue
+        bounds = [*node.args[1:], *(node.kwargs[name] for name in ("min", "max") if name in node.kwargs)]
+        if {type(bound) for bound in bounds} >= {int, float}:
+            args: tuple[Any, ...] = tuple(float(one) if isinstance(one, int) else one for one in node.args)
+            node.args = args
+            node.kwargs = {key: float(one) if isinstance(one, int) else one for key, one in node.kwargs.items()}
+    module.recompile()
+
+
+def _check_indices(module: GraphModule) -> None:
+    """Raise StageError if something reads where an adaptive pool found its largest values."""
+    pools = {
+        _aten.adaptive_max_pool1d.default,
+        _aten.adaptive_max_pool2d.default,
+        _aten.adaptive_max_pool3d.default,
+    }
+    for node in module.graph.nodes:
+        if node.target is operator.getitem and node.args[1] == 1 and node.args[0].target in pools and node.users:
+            msg = (
+                "forward must have a form in ONNX, which has no indices (return_indices) of "
+                f"{node.args[0].target._opname}; find them with other operators"
+            )
+            raise StageError(msg)
 
 
 def _is_global_pool(node: Node) -> bool:

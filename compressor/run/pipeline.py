@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from compressor.config.pipeline_file import Pipeline
 from compressor.errors import InputError, StageError
+from compressor.export.open_axes import open_sizes
+from compressor.export.to_onnx import to_onnx
 from compressor.measure.latency import time_models
 from compressor.measure.quality import MOST_LISTED_CLASSES
 from compressor.models.artifact import Artifact, OnnxModel, TorchModel
@@ -116,6 +119,9 @@ def _check_models(run: Run) -> None:
     """Build every model and rehearse every stage that the pipeline names: what does not fit is refused at once."""
     model = TorchModel.build(run.pipeline.model, seed=run.pipeline.seed)
     check_model(model, run.task)
+    if open_sizes(run.task):  # before any training: a size of the example may be in the exported model
+        with tempfile.TemporaryDirectory() as directory:
+            to_onnx(model.module, run.task, Path(directory) / "model.onnx")
     for reference in run.pipeline.references:
         check_reference(reference, model, run.task, seed=run.pipeline.seed)
     entering: Artifact | None = model

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from compressor.config.pipeline_file import Pipeline
 from compressor.errors import InputError, StageError
+from compressor.export.open_axes import check_rounded_at_open_axes
 from compressor.export.to_onnx import to_onnx
 from compressor.measure.model import measure
 from compressor.measure.quality import Predictions, classification, comparison
@@ -170,6 +171,8 @@ def _apply(
         artifact: Artifact = step.stage.apply(model, run.task, context)
     check_type(artifact, step.stage, step.name)
     check_kept(model, artifact, step.stage, run.task, step.name)
+    if isinstance(artifact, OnnxModel):
+        check_rounded_at_open_axes(artifact, model.predict, run.task)
     if isinstance(artifact, TorchModel):
         artifact.check(run.trusted, f"the model that {step.name} gives")
     gather_objects(None)  # the main process clears its work directory, from which another one may still be reading
