@@ -104,7 +104,7 @@ def capture(module: nn.Module, task: Task) -> ExportedProgram:
         with quiet_torch(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph it could not finish
             program = torch.export.export(module, task.example_inputs, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        found = f"{_source_line(error)}: {_first_line(error)}"
+        found = f"{_source_line(error)}: {_fixed_axis(error, task) or _first_line(error)}"
         msg = f"torch.export must be able to trace forward, but {found}; {_advice(error)}"
         raise StageError(msg) from error
     _spell_out_global_pools(program.graph_module)
@@ -187,6 +187,8 @@ def translate(program: ExportedProgram, task: Task) -> ModelProto:
 
     Raises StageError if torch cannot translate it.
     """
+    from onnx_ir.passes import PassError  # noqa: PLC0415  # torch's exporter runs them
+
     inputs = program.graph_signature.user_inputs
     try:
         with quiet_torch(), share_operator_table():
@@ -200,7 +202,7 @@ def translate(program: ExportedProgram, task: Task) -> ModelProto:
                 custom_translation_table=dict(translations()),
                 verbose=False,
             )
-    except torch.onnx.OnnxExporterError as error:
+    except (torch.onnx.OnnxExporterError, PassError) as error:
         found = f"{_find_translated_line(error, program)}: {_first_line(_causes(error)[-1])}"
         msg = f"forward must have a form in ONNX opset {OPSET}, but {found}; write it with other operators"
         raise StageError(msg) from error
@@ -252,6 +254,16 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _fixed_axis(error: BaseException, task: Task) -> str | None:
+    """Say which open axis torch found to be fixed, and at what size, if that is what it raised."""
+    found = re.search(r"marked (\S+?)\.size\(\)\[(\d+)\] as dynamic.* to be a constant \((\d+)\)", str(error))
+    if found is None:
+        return None
+    tensor, axis, size = found[1], int(found[2]), found[3]
+    names = dict.fromkeys(repr(of_input[axis]) for of_input in _dynamic_axes(task) if axis in of_input)
+    return f"axis {axis} of {tensor}, {' or '.join(names)}, is open, but forward runs at {size} alone"
 
 
 def _advice(error: BaseException) -> str:

@@ -97,3 +97,16 @@ def test_indices_of_an_adaptive_pool_are_refused_by_name(tmp_path: Path) -> None
 
     with pytest.raises(StageError, match=r"return_indices.*adaptive_max_pool1d"):
         to_onnx(Function(pool), task_of((3, 20), axes={2: "time"}), tmp_path / "model.onnx")
+
+
+def test_axis_that_a_table_fixes_is_named(tmp_path: Path) -> None:
+    table = torch.randn(20)
+    with pytest.raises(StageError, match=r"axis 1 of .*, 'time', is open, but forward runs at 20 alone"):
+        to_onnx(Function(lambda x: x + table), task_of((20,), axes={1: "time"}), tmp_path / "model.onnx")
+
+
+def test_what_the_passes_of_the_exporter_raise_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="forward must have a form in ONNX"):
+        to_onnx(
+            Function(lambda x: x.chunk(4, -1)[0].mean(-1)), task_of((3, 20), axes={2: "time"}), tmp_path / "model.onnx"
+        )
