@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 
 from compressor.errors import StageError
+from compressor.export.graph_program import is_traced, program_of
 from compressor.export.open_axes import check_open_axes
 from compressor.export.operator_table import share_operator_table
 from compressor.export.operators import translations
@@ -96,21 +97,28 @@ def capture(module: nn.Module, task: Task) -> ExportedProgram:
 
     Raises StageError if torch cannot trace it.
     """
+    if is_traced(module, task.example_inputs, _dynamic_axes(task)):
+        program = program_of(cast("GraphModule", module), task.example_inputs)
+    else:
+        program = _trace(module, task)
+    _spell_out_global_pools(program.graph_module)
+    _unify_bounds(program.graph_module)
+    _check_indices(program.graph_module)
+    return program
+
+
+def _trace(module: nn.Module, task: Task) -> ExportedProgram:
     open_axes = ShapesCollection()  # type: ignore[no-untyped-call]  # torch has not annotated it
     for tensor, axes in zip(task.example_inputs, _dynamic_axes(task), strict=True):
         open_axes[tensor] = dict.fromkeys(axes, Dim.DYNAMIC)
     shapes = open_axes.dynamic_shapes(module, task.example_inputs)  # type: ignore[no-untyped-call]
     try:
         with quiet_torch(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph it could not finish
-            program = torch.export.export(module, task.example_inputs, dynamic_shapes=shapes)
+            return torch.export.export(module, task.example_inputs, dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         found = f"{_source_line(error)}: {_fixed_axis(error, task) or _first_line(error)}"
         msg = f"torch.export must be able to trace forward, but {found}; {_advice(error)}"
         raise StageError(msg) from error
-    _spell_out_global_pools(program.graph_module)
-    _unify_bounds(program.graph_module)
-    _check_indices(program.graph_module)
-    return program
 
 
 def _dynamic_axes(task: Task) -> tuple[Mapping[int, str], ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from compressor.export.operator_table import share_operator_table
 from compressor.export.to_onnx import capture, quiet_torch
 from compressor.onnx_files.qdq import along_axis
 from compressor.quantization.refusal import check_float
@@ -30,7 +31,7 @@ def float_graph(module: nn.Module, task: Task) -> GraphModule:
     float32.
     """
     check_float(module)
-    with quiet_torch():
+    with quiet_torch(), share_operator_table():
         traced = capture(module, task).run_decompositions({}).module()
     graph = _without_guards(traced)
     for rewrite in (_merge_batch_norms, _rewrite_calls, _compute_constants, _name_layers):
