@@ -130,14 +130,20 @@ def count_parameters(model: ModelProto, directory: Path) -> tuple[int, int]:
 
 
 def _factors(nodes: Sequence[NodeProto], stored: Mapping[str, TensorProto]) -> set[str]:
-    """Names of the scales of weights that are stored as 8-bit integers and turned into floats by Cast and Mul."""
+    """Names of the scales of weights that are stored as 8-bit integers and turned into floats by Cast and Mul.
+
+    A Gather may have taken rows of both before.
+    """
+    taken = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Gather" and node.input[0] in stored}
     cast = {
         node.output[0]
         for node in nodes
-        if node.op_type == "Cast" and node.input[0] in stored and stored[node.input[0]].data_type in _NARROW_INTEGERS
+        if node.op_type == "Cast" and (codes := stored.get(taken.get(node.input[0], node.input[0]))) is not None
+        if codes.data_type in _NARROW_INTEGERS
     }
     products = (node.input for node in nodes if node.op_type == "Mul")
-    return {name for names in products if not cast.isdisjoint(names) for name in names if name not in cast}
+    factors = {name for names in products if not cast.isdisjoint(names) for name in names if name not in cast}
+    return {taken.get(name, name) for name in factors}
 
 
 def _is_weight(tensor: TensorProto, uses: Iterable[tuple[str, int]]) -> bool:

@@ -1,7 +1,7 @@
 """Q and DQ of an int8 graph: the axis of their scales, and the graph without those of them that change nothing."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,24 +172,56 @@ def _move_on_int8(node: NodeProto, edges: _Edges) -> None:
 
 
 def _multiply_stored_weights(graph: GraphProto) -> None:
-    """Write each DQ of constants without a zero point as a cast and a product, in place."""
+    """Write each DQ of constants without a zero point as a cast and a product, in place.
+
+    A Gather of rows, as of an embedding, takes codes and factors first and multiplies what it took: a product of the
+    whole table would be computed when a session opens, and four times as large in memory as its codes.
+    """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    stored: dict[str, _Stored] = {}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) > 2 or not set(node.input) <= tensors.keys():
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2 and set(node.input) <= tensors.keys():
+            codes, scale = node.input
+            axis = attribute(node, "axis", 1) % max(1, len(tensors[codes].dims))
+            factors = numpy_helper.to_array(tensors[scale]).reshape(along_axis(axis, len(tensors[codes].dims)))
+            name = node.output[0]
+            graph.initializer.append(numpy_helper.from_array(factors, f"{name}_factors"))
+            stored[name] = _Stored(codes, f"{name}_factors", has_factor_per_row=axis == 0)
+            nodes += _product(codes, f"{name}_factors", name)
+        elif node.op_type == "Gather" and _takes_rows(node, stored):
+            table, rows, name = stored[node.input[0]], node.input[1], node.output[0]
+            taken, multipliers = f"{name}_taken_codes", f"{name}_taken_factors"
+            nodes += [
+                helper.make_node("Gather", [table.codes, rows], [taken], axis=0),
+                helper.make_node("Gather", [table.factors, rows], [multipliers], axis=0),
+                *_product(taken, multipliers, name),
+            ]
+        else:
             nodes.append(node)
-            continue
-        codes, scale = node.input
-        sizes = along_axis(attribute(node, "axis", 1), len(tensors[codes].dims))
-        factors = numpy_helper.to_array(tensors[scale]).reshape(sizes)
-        graph.initializer.append(numpy_helper.from_array(factors, f"{node.output[0]}_factors"))
-        nodes += [
-            helper.make_node("Cast", [codes], [f"{node.output[0]}_codes"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{node.output[0]}_codes", f"{node.output[0]}_factors"], node.output),
-        ]
     del graph.node[:]
     graph.node.extend(nodes)
     _remove_unused(graph)
+
+
+class _Stored(NamedTuple):
+    """Names of the codes and of the factors of a weight that computes in float."""
+
+    codes: str
+    factors: str
+    has_factor_per_row: bool
+
+
+def _takes_rows(gather: NodeProto, stored: Mapping[str, _Stored]) -> bool:
+    table = stored.get(gather.input[0])
+    return table is not None and table.has_factor_per_row and attribute(gather, "axis", 0) == 0
+
+
+def _product(codes: str, factors: str, output: str) -> list[NodeProto]:
+    return [
+        helper.make_node("Cast", [codes], [f"{output}_codes"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{output}_codes", factors], [output]),
+    ]
 
 
 def _is_move(node: NodeProto, edges: _Edges) -> bool:
