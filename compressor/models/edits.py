@@ -1,6 +1,5 @@
 """Structural edits: sizes, kept layers and replaced submodules; listed between two modules, or made on a copy."""
 
-import copy
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
@@ -9,6 +8,7 @@ from torch import nn
 from compressor.errors import InputError, StageError
 from compressor.models.module_factory import build_module
 from compressor.references.reference import Reference
+from compressor.system.copying import copy_module
 
 
 class Edit(BaseModel):
@@ -67,7 +67,7 @@ def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> nn.Module:
 
     Raises InputError if an edit does not fit the module.
     """
-    edited = copy.deepcopy(module)
+    edited = copy_module(module)
     for edit in edits:
         apply_edit_in_place(edited, edit)
     return edited

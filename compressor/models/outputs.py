@@ -9,7 +9,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.task import Inputs
 
-FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError)
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError)
 """What a `forward` raises for inputs, sizes or layers that do not fit it."""
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
-from compressor.models.layers import is_within, paths_matching
+from compressor.models.layers import is_within, layer_paths, paths_matching
 from compressor.pruning.dependency_graph import channel_groups
 from compressor.pruning.groups import Group, Removal, check_cut, without
+from compressor.pruning.kept import list_lines, list_reasons
 from compressor.pruning.transformers import transformer_units
 from compressor.task import Inputs
 from compressor.text.figures import list_names
@@ -45,26 +45,32 @@ def prunable_groups(
 
     Of a module with attention these are its heads and the hidden units of its feed-forward layers, else the channels of
     all layers that are coupled. `protect` holds paths of layers that keep all, or patterns of such paths as
-    `paths_matching` takes them; what a protected layer holds is protected too. `log` is told of attention that stays
-    whole, and why.
+    `paths_matching` takes them; what a protected layer holds is protected too.
 
-    Raises InputError if a pattern of `protect` matches nothing; StageError if parameters are frozen or parametrized,
-    weights are not finite, a parameter that would be cut is shared by two layers, a layer cannot be followed, or
-    nothing can be removed.
+    What cannot be followed is kept, with all that is coupled to it: layers of unknown kinds or uses, weights that are
+    frozen, shared or computed from others. `log` is told, in one line for each reason.
+
+    Raises InputError if a pattern of `protect` matches nothing; StageError if weights are not finite, or if nothing can
+    be removed.
     """
-    kept = tuple(path for pattern in protect for path in paths_matching(module, pattern))
-    inside = tuple(path for path, _ in module.named_modules() if is_within(path, kept))
-    _check_free(module)
-    _check_plain(module)
+    protected = tuple(path for pattern in protect for path in paths_matching(module, pattern))
     _check_finite(module)
-    units = transformer_units(module, example_inputs, protect=inside)
-    for path, reason in units.left_whole.items():
-        log(f"{path} keeps its heads: {reason}")
-    groups = units.groups or channel_groups(module, example_inputs, protect=inside)
+    units = transformer_units(module, example_inputs, protect=_inside(module, protected))
+    groups, kept = units.groups, units.kept
+    if not groups:
+        channels = channel_groups(module, example_inputs, protect=_inside(module, [*protected, *units.kept]))
+        groups, kept = channels.groups, {**units.kept, **channels.kept}
     if not groups:
         msg = f"pruning must have something to remove, but {type(module).__name__} has no group of channels that may go"
-        raise StageError(msg + (f"; protect leaves out {', '.join(protect)}" if protect else ""))
+        left_out = [f"protect leaves out {', '.join(protect)}"] if protect else []
+        raise StageError("; ".join([msg, *left_out, *list_reasons(kept, layer_paths(module))]))
+    for line in list_lines(kept, layer_paths(module)):
+        log(line)
     return groups
+
+
+def _inside(module: nn.Module, parents: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path for path, _ in module.named_modules() if is_within(path, parents))
 
 
 def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[Group], removal: Removal) -> Pruned:
@@ -89,25 +95,6 @@ def prune_channels(module: nn.Module, example_inputs: Inputs, groups: Sequence[G
         kept = group.units - len(removal.get(group.path, ()))
         channels[group.path] = (kept * group.channels_per_unit, group.units * group.channels_per_unit)
     return Pruned(smaller, channels)
-
-
-def _check_free(module: nn.Module) -> None:
-    # Torch-Pruning leaves layers with frozen parameters out of its graph and says nothing.
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        names = list_names(frozen, most=5)
-        msg = f"all parameters must have requires_grad to be pruned, but {names} are frozen; unfreeze them"
-        raise StageError(msg)
-
-
-def _check_plain(module: nn.Module) -> None:
-    parametrized = [path for path, layer in module.named_modules() if is_parametrized(layer)]
-    if parametrized:
-        msg = (
-            f"weights must be parameters to be pruned, but those of {', '.join(parametrized)} are computed; "
-            "call torch.nn.utils.parametrize.remove_parametrizations on them in the factory"
-        )
-        raise StageError(msg)
 
 
 def _check_finite(module: nn.Module) -> None:

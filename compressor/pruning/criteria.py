@@ -1,6 +1,5 @@
 """How much each unit of a group matters: the smaller the score, the sooner it is removed."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from compressor.errors import StageError
 from compressor.pruning.groups import Group, Member
+from compressor.system.copying import copy_module
 from compressor.task import Task, evenly_spaced, gather
 
 Criterion: TypeAlias = Literal["l2", "l1", "bn_scale", "taylor"]
@@ -68,7 +68,7 @@ def taylor(module: nn.Module, groups: Sequence[Group], task: Task) -> Scores:
     A unit is silenced by zeros in all weights that read it, so the change is the sum of weight times gradient over
     these. Up to 1,024 samples spread over the training split are used, without augmentation, in evaluation mode.
     """
-    scored = copy.deepcopy(module).eval()
+    scored = copy_module(module).eval()
     for parameter in scored.parameters():
         parameter.requires_grad_(True)
     sums = {group.path: torch.zeros(group.units) for group in groups}

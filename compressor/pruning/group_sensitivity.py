@@ -1,6 +1,5 @@
 """How much each group matters: measured by cutting it alone, and turned into a share that each group may lose."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from compressor.pruning.allocation import by_ratios, multiples_of
 from compressor.pruning.criteria import Criterion, Scores, scores
 from compressor.pruning.groups import Group, without
 from compressor.records.sensitivity_curves import FILE_NAME, GroupCurve, SensitivityCurves, read_sensitivity
+from compressor.system.copying import copy_module
 from compressor.system.processes import gather_objects, processes
 from compressor.system.progress import progress_bar
 from compressor.task import EVALUATION_BATCH, Batch, Metric, Task, evaluate_outputs, evenly_spaced, gather
@@ -75,7 +75,7 @@ def measure_sensitivity(
     def evaluate_module(module: nn.Module, what: str) -> float:
         return _finite(_value(module.to(device), batches, metric), metric, what)
 
-    value = evaluate_module(copy.deepcopy(model.module).eval(), "the uncut model")
+    value = evaluate_module(copy_module(model.module).eval(), "the uncut model")
     team = processes(device)
     own = groups[team.process_index :: team.num_processes]
     curves = {}

@@ -1,6 +1,5 @@
 """A group of coupled units, and a module without some of them: pure bookkeeping of tensors and sizes."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from compressor.errors import StageError
 from compressor.models.layers import shared_parameters
 from compressor.models.outputs import FORWARD_ERRORS, relative_error
+from compressor.system.copying import copy_module
 from compressor.task import Inputs
 
 Units: TypeAlias = Sequence[int]
@@ -82,7 +83,7 @@ def without(module: nn.Module, groups: Sequence[Group], removal: Removal) -> nn.
             entries[member.path, member.name, member.dim].update(_entries(member, removed))
         for size in group.sizes:
             falls[size.path, size.name, size.position] += size.per_unit * len(removed)
-    smaller = copy.deepcopy(module).eval()
+    smaller = copy_module(module).eval()
     for (path, name, dim), gone in entries.items():
         if gone:
             _cut_in_place(smaller.get_submodule(path), name, dim, gone)
@@ -94,7 +95,7 @@ def without(module: nn.Module, groups: Sequence[Group], removal: Removal) -> nn.
 
 def silence(module: nn.Module, groups: Sequence[Group], removal: Removal) -> nn.Module:
     """Return a copy of `module` in evaluation mode in which nothing reads the units of `removal`: of equal size."""
-    silent = copy.deepcopy(module).eval()
+    silent = copy_module(module).eval()
     for group in groups:
         for member in group.members:
             if member.reads:
@@ -132,14 +133,42 @@ def check_equal(smaller: nn.Module, silent: nn.Module, example_inputs: Inputs, *
         raise StageError(msg)
 
 
-def check_unshared(module: nn.Module, groups: Sequence[Group]) -> None:
-    """Raise StageError if a parameter that `groups` cut belongs to several layers."""
+def check_free(module: nn.Module, group: Group) -> None:
+    """Raise StageError if a tensor that `group` cuts is computed from others, frozen, or shared by several layers."""
     shared = shared_parameters(module)
-    for member in (member for group in groups for member in group.members):
-        names = shared.get(f"{member.path}.{member.name}".lstrip("."))
-        if names:
-            msg = f"a weight that is cut must belong to one layer, but {' and '.join(names)} are one and the same"
+    for member in group.members:
+        layer, whole_name = module.get_submodule(member.path), f"{member.path}.{member.name}".lstrip(".")
+        name = f"its {member.name}" if member.path == group.path else whole_name
+        if member.name not in layer._parameters and member.name not in layer._buffers:
+            msg = f"{name} is computed from other parameters; {_plain_advice(layer)}"
             raise StageError(msg)
+        parameter = layer._parameters.get(member.name)
+        if parameter is not None and not parameter.requires_grad:
+            msg = f"{name} is frozen: it has requires_grad=False"
+            raise StageError(msg)
+        if whole_name in shared:
+            msg = f"{' and '.join(shared[whole_name])} are one and the same"
+            raise StageError(msg)
+
+
+def _plain_advice(layer: nn.Module) -> str:
+    if is_parametrized(layer):
+        return "call torch.nn.utils.parametrize.remove_parametrizations on its layer in the factory to prune it"
+    hooks = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()}
+    known = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+    calls = [call for name, call in known.items() if name in hooks] or ["prune.remove"]
+    return f"call torch.nn.utils.{calls[0]} on its layer in the factory to prune it"
+
+
+def runs_in_training(module: nn.Module, example_inputs: Inputs) -> bool:
+    """Whether a copy of `module` runs in training mode on `example_inputs`, whatever it gives."""
+    trial = copy_module(module).train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            trial(*example_inputs)
+        except FORWARD_ERRORS:
+            return False
+    return True
 
 
 def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
@@ -161,7 +190,7 @@ def run(module: nn.Module, example_inputs: Inputs) -> Tensor:
 
 def _without_averages(module: nn.Module, paths: Sequence[str], example_inputs: Inputs) -> nn.Module:
     """Copy `module` with the layers at `paths` dividing their inputs by the size that these have in `module`."""
-    plain = copy.deepcopy(module).eval()
+    plain = copy_module(module).eval()
     sizes: dict[str, Tensor] = {}
 
     def measure(path: str, _layer: nn.Module, inputs: Inputs, _outputs: Tensor) -> None:

@@ -1,13 +1,15 @@
 """Weights of a module in which single numbers may become zero; refused where that would have no effect or not last."""
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
-from compressor.models.layers import is_within, paths_matching, shared_parameters
+from compressor.models.layers import is_within, layer_paths, paths_matching, shared_parameters
+from compressor.pruning.kept import Kept, list_reasons
+from compressor.system.copying import copy_module
 from compressor.task import Inputs
 from compressor.text.figures import list_names
 
@@ -15,31 +17,47 @@ _CONVOLUTIONS = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
-def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tuple[str, ...] = ()) -> dict[str, int]:
-    """Names of the weights that can become zero, each with its dimension of input channels.
+@dataclass(frozen=True)
+class PrunableWeights:
+    """Which weights of a module can become zero, and which stay dense."""
 
-    Raises InputError if a path of `protect` matches no layer; StageError if a weight that is not protected is frozen,
-    computed from others, shared between modules, not finite or takes no part in the outputs, or if none is left.
+    dimensions: Mapping[str, int]
+    """Dimension of the input channels by name of the weight."""
+    dense: Kept
+    """Why, by path of the layer."""
+
+
+def prunable_weights(module: nn.Module, example_inputs: Inputs, *, protect: tuple[str, ...] = ()) -> PrunableWeights:
+    """Find the weights of convolutions, linear layers and attention that are not protected.
+
+    Those that are frozen, computed from others, shared between modules or without effect on the outputs stay dense.
+    Raises InputError if a path of `protect` matches no layer; StageError if a weight is not finite, or none is left.
     """
     protected = {path for pattern in protect for path in paths_matching(module, pattern)}
-    dimensions: dict[str, int] = {}
-    for path, layer in module.named_modules():
-        if not is_within(path, protected):
-            prefix = f"{path}." if path else ""
-            dimensions |= {f"{prefix}{name}": dimension for name, dimension in _matrices(layer).items()}
-    if not dimensions:
-        msg = f"{type(module).__name__} must have a convolution or linear layer that is not protected, got none"
-        raise StageError(msg)
+    layers = {path: layer for path, layer in module.named_modules() if not is_within(path, protected)}
+    dimensions = {
+        f"{path}.{name}".lstrip("."): dimension
+        for path, layer in layers.items()
+        for name, dimension in _matrices(layer).items()
+    }
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    _refuse("be parameters", "computed from others", [name for name in dimensions if name not in parameters])
-    weights = {name: parameters[name] for name in dimensions}
     shared = shared_parameters(module)
-    _refuse("have requires_grad", "frozen", [name for name, weight in weights.items() if not weight.requires_grad])
-    several = dict.fromkeys(" = ".join(shared[name]) for name in weights if name in shared)
-    _refuse("belong to one module", "shared", list(several))
-    _refuse("be finite", "not", [name for name, weight in weights.items() if not weight.isfinite().all()])
-    _refuse("take part in the outputs", "unused", _list_idle(module, weights, example_inputs))
-    return dimensions
+    dense = {name: "computed from other parameters" for name in dimensions if name not in parameters}
+    dense |= {name: "frozen" for name in dimensions.keys() - dense if not parameters[name].requires_grad}
+    dense |= {name: f"shared: {' = '.join(shared[name])}" for name in dimensions.keys() - dense if name in shared}
+    left = [name for name in dimensions if name not in dense]
+    dense |= dict.fromkeys(_list_idle(module, left, example_inputs), "without effect on the outputs")
+    why = {name.rpartition(".")[0]: dense[name] for name in dimensions if name in dense}
+    free = {name: dimension for name, dimension in dimensions.items() if name not in dense}
+    if not free:
+        msg = f"{type(module).__name__} must have a convolution or linear layer that can lose weights, got none"
+        left_out = [f"protect leaves out {', '.join(protect)}"] if protect else []
+        raise StageError("; ".join([msg, *left_out, *list_reasons(why, layer_paths(module))]))
+    infinite = [name for name in free if not parameters[name].isfinite().all()]
+    if infinite:
+        msg = f"weights must be finite to be pruned, but these are not: {list_names(infinite, most=5)}"
+        raise StageError(msg + "; look at the weights file, or name their layers in protect")
+    return PrunableWeights(free, why)
 
 
 def _matrices(layer: nn.Module) -> dict[str, int]:
@@ -54,19 +72,12 @@ def _matrices(layer: nn.Module) -> dict[str, int]:
     return {}
 
 
-def _list_idle(module: nn.Module, names: Iterable[str], example_inputs: Inputs) -> list[str]:
+def _list_idle(module: nn.Module, names: Sequence[str], example_inputs: Inputs) -> list[str]:
     """Names of the weights that the outputs do not depend on."""
     # gradients, not hooks: attention reads the weight of its output layer without calling it
-    trial = copy.deepcopy(module).eval()
+    trial = copy_module(module).eval()
     outputs: Tensor = trial(*example_inputs)
-    if not outputs.requires_grad:
+    if not names or not outputs.requires_grad:
         return list(names)
     gradients = torch.autograd.grad(outputs.sum(), list(map(trial.get_parameter, names)), allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-
-
-def _refuse(rule: str, fault: str, names: list[str]) -> None:
-    if names:
-        listed = list_names(names, most=5)
-        msg = f"weights must {rule} to be pruned, but these are {fault}: {listed}; name their layers in protect"
-        raise StageError(msg)

@@ -1,7 +1,7 @@
 """Students made from a model: with fewer layers, with fewer channels, or born again with fresh weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,26 @@ def shallower(model: TorchModel, example_inputs: Inputs, *, depth: Mapping[str, 
     return model.with_module(shorter, *edits)
 
 
-def narrower(model: TorchModel, example_inputs: Inputs, *, width: float, round_to: int = 8) -> TorchModel:
+def narrower(
+    model: TorchModel,
+    example_inputs: Inputs,
+    *,
+    width: float,
+    round_to: int = 8,
+    protect: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _line: None,
+) -> TorchModel:
     """Return a copy of `model` that keeps a share `width`, in (0, 1), of the channels of each group of coupled layers.
 
-    The channels of largest magnitude keep their weights; their numbers are multiples of `round_to`. Raises InputError
-    for another `width` and StageError if the channels cannot be removed, as `prunable_groups` and `prune_channels` say.
+    The channels of largest magnitude keep their weights; their numbers are multiples of `round_to`. `protect` and `log`
+    are those of `prunable_groups`. Raises InputError for another `width`, or a pattern of `protect` that matches
+    nothing, and StageError if the channels cannot be removed, as `prunable_groups` and `prune_channels` say.
     """
     if not 0 < width < 1:
         msg = f"width must be in (0, 1), the share of channels to keep, got {width}"
         raise InputError(msg)
     model = with_linears(model)
-    groups = prunable_groups(model.module, example_inputs)
+    groups = prunable_groups(model.module, example_inputs, protect=protect, log=log)
     scores = {group.path: magnitude(model.module, group, order=2) for group in groups}
     chosen = uniform(groups, scores, pruning_ratio=1 - width, step_of=multiples_of(round_to))
     pruned = prune_channels(model.module, example_inputs, groups, chosen).module

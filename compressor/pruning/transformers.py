@@ -1,9 +1,10 @@
 """Attention heads and feed-forward units of transformers: guessed from layers and names, kept if numbers prove them."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, combinations
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from compressor.errors import StageError
 from compressor.models.layers import is_within
 from compressor.models.outputs import FORWARD_ERRORS, first_tensor, relative_error
-from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_unshared, run, silence, without
+from compressor.pruning.groups import Group, Member, Size, Units, check_equal, check_free, run, silence, without
 from compressor.pruning.guesses import (
     Guess,
     attention_windows,
@@ -27,6 +28,8 @@ from compressor.pruning.guesses import (
     own_modules,
     relative,
 )
+from compressor.pruning.kept import Kept
+from compressor.system.copying import copy_module
 from compressor.task import Inputs
 
 TOLERANCE = 1e-4
@@ -47,11 +50,10 @@ _WIDTH_WORDS = ("intermediate", "inner", "ffn", "mlp", "hidden_features", "hidde
 
 @dataclass(frozen=True)
 class TransformerUnits:
-    """What can leave a transformer, and which attention cannot."""
+    """What can leave a transformer, and what of it keeps its heads or hidden units."""
 
     groups: tuple[Group, ...]
-    left_whole: Mapping[str, str]
-    """Why, by the path of the attention."""
+    kept: Kept
 
 
 def transformer_groups(module: nn.Module, example_inputs: Inputs, *, protect: Sequence[str] = ()) -> tuple[Group, ...]:
@@ -69,11 +71,10 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     follow; those whose names say so are tried first. With grouped queries, a unit is a key-value head with all its
     queries.
 
-    Layers at or below the paths in `protect` are left alone. Attention that cannot lose heads by its nature is listed
-    in `left_whole`. Raises StageError if attention that counts its heads goes wrong without one whatever attributes
-    follow, or if a weight to cut is shared with a layer of another place.
+    Layers at or below the paths in `protect` are left alone. Attention that cannot lose heads by its nature, that goes
+    wrong without one whatever attributes follow, and layers whose weights cannot be cut, are listed in `kept`.
     """
-    module = copy.deepcopy(module).eval()
+    module = copy_module(module).eval()
     calls = linear_calls(module, example_inputs)
     heads = [guess_at(module, window, heads=True) for window in attention_windows(calls)]
     heads = [guess for guess in heads if guess.counts]
@@ -83,28 +84,60 @@ def transformer_units(module: nn.Module, example_inputs: Inputs, *, protect: Seq
     hidden = [guess_at(module, window, heads=False) for window in feed_forward_windows(calls)]
     # innermost first: a window across two layers only looks like one if neither layer has explained its own
     guesses = [*sorted(heads, key=depth), *sorted(hidden, key=depth)]
-    groups = _proven(module, [guess for guess in guesses if not is_protected(guess, protect)], example_inputs)
-    check_unshared(module, groups)
-    groups.sort(key=lambda group: list(calls).index(group.path))
-    removal = {group.path: (group.units // 2,) for group in groups if group.units > 1}
-    check_equal(without(module, groups, removal), silence(module, groups, removal), example_inputs)
-    left_whole = {**dict.fromkeys(multihead, _MULTIHEAD), **_modules_with_heads(module, groups, (*protect, *multihead))}
-    return TransformerUnits(tuple(groups), left_whole)
+    found = _proven(module, [guess for guess in guesses if not is_protected(guess, protect)], example_inputs)
+    groups, faults = _hold_together(module, found.groups, example_inputs)
+    order = {path: place for place, path in enumerate(calls)}
+    known = {**found.kept, **faults, **dict.fromkeys(multihead, _MULTIHEAD)}
+    unseen = _modules_with_heads(module, groups, (*protect, *known))
+    kept = {path: reason for path, reason in {**known, **unseen}.items() if not is_within(path, protect)}
+    return TransformerUnits(tuple(sorted(groups, key=lambda group: order[group.path])), kept)
 
 
-def _proven(module: nn.Module, guesses: Sequence[Guess], example_inputs: Inputs) -> list[Group]:
-    """Groups of the guesses that prove right; no layer is in two. Raises StageError for self-attention that fails."""
+def _proven(module: nn.Module, guesses: Sequence[Guess], example_inputs: Inputs) -> TransformerUnits:
+    """Groups of the guesses that prove right; no layer is in two. Self-attention that fails is kept."""
     inputs = _inputs_of(module, {guess.root for guess in guesses}, example_inputs)
     groups: list[Group] = []
+    kept: dict[str, str] = {}
     solved: dict[object, _Answer | None] = {}
     for guess in guesses:
         taken = {member.path for group in groups for member in group.members}
-        if taken.isdisjoint(guess.layers):
+        if taken.isdisjoint(guess.layers) and not any(is_within(layer, kept) for layer in guess.layers):
             group = _prove(module, guess, inputs[guess.root], solved)
             if group is None and guess.is_self_attention and counts_heads(module, guess.root):
-                raise StageError(_stale(module, guess))
+                kept[guess.root] = _stale(module, guess)
             groups.extend([group] if group else [])
-    return groups
+    return TransformerUnits(tuple(groups), kept)
+
+
+def _hold_together(
+    module: nn.Module, groups: Sequence[Group], example_inputs: Inputs
+) -> tuple[Sequence[Group], Mapping[str, str]]:
+    """Those of `groups` that the whole module can lose, all together; why the others cannot, by path."""
+    faults: dict[str, str] = {}
+
+    def check(some: Sequence[Group]) -> None:
+        removal = {group.path: (group.units // 2,) for group in some if group.units > 1}
+        check_equal(without(module, some, removal), silence(module, some, removal), example_inputs)
+
+    def keep_those_that(holds: Callable[[Group], None], some: Sequence[Group]) -> list[Group]:
+        for group in some:
+            try:
+                holds(group)
+            except StageError as error:
+                faults[group.path] = str(error)
+        return [group for group in some if group.path not in faults]
+
+    free = keep_those_that(partial(check_free, module), groups)
+    try:
+        check(free)
+    except StageError as error:
+        alone = keep_those_that(lambda group: check([group]), free)
+        try:
+            check(alone)
+        except StageError:
+            return (), {**faults, **{group.path: str(error) for group in alone}}
+        return alone, faults
+    return free, faults
 
 
 _Captured: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -162,10 +195,9 @@ def _prove(module: nn.Module, guess: Guess, inputs: _Captured, solved: dict[obje
 def _stale(module: nn.Module, guess: Guess) -> str:
     names = ", ".join(f"{name}={value}" for _, name, value in attributes(module, guess.root))
     return (
-        f"attention at {guess.root!r} ({type(module.get_submodule(guess.root)).__name__}) must answer without a head "
-        f"like one whose head is silent, but whichever of its attributes follow ({names}), it does not run or gives "
-        f"other numbers; let it reshape with its own num_heads and head_dim, not with sizes of its input, of a "
-        f"configuration or of another layer, or `protect` {guess.root!r}"
+        f"whichever attributes of {type(module.get_submodule(guess.root)).__name__} follow ({names}), it does not run "
+        "without a head or gives other numbers than with the head silent; let it reshape with its own num_heads and "
+        "head_dim, not with sizes of its input, of a configuration or of another layer"
     )
 
 
@@ -260,7 +292,7 @@ def _randomize(root: nn.Module, guess: Guess) -> nn.Module:
     With those of a fresh model attention is close to a plain mean, and a wrong regrouping of queries and keys would
     change outputs by less than rounding does. What holds for these weights by structure holds for all.
     """
-    trial = copy.deepcopy(root)
+    trial = copy_module(root)
     generator = torch.Generator().manual_seed(0)
     for call in guess.window:
         layer = trial.get_submodule(call.path)
@@ -274,7 +306,7 @@ def _proves(root: nn.Module, group: Group, removed: Units, inputs: _Captured, re
     removal = {group.path: tuple(removed)}
     try:
         cut = _run_alone(without(root, [group], removal), inputs, reader)
-    except (*FORWARD_ERRORS, ZeroDivisionError):
+    except FORWARD_ERRORS:
         return False  # sizes that do not follow show first as shapes that do not fit
     silent = _run_alone(silence(root, [group], removal), inputs, reader)
     return all(relative_error(*pair) <= TOLERANCE for pair in zip(cut, silent, strict=True))

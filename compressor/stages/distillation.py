@@ -1,6 +1,6 @@
 """A student learns from the model that enters the stage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Self, final
 
@@ -31,6 +31,8 @@ class Distillation(DistillationFields, Stage[TorchModel, TorchModel]):
     """Share of the model's channels that the student keeps, those of largest magnitude."""
     round_to: int | None = Field(default=None, gt=0)
     """With `width`, channels are kept in multiples of this; 8 unless given."""
+    protect: tuple[str, ...] = ()
+    """With `width`, paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`."""
     teacher: Reference | None = None
     """Builds another teacher than the model that enters, such as an ensemble: `compressor:ensemble`."""
     generations: int = Field(default=1, gt=0)
@@ -44,6 +46,9 @@ class Distillation(DistillationFields, Stage[TorchModel, TorchModel]):
             raise ValueError(msg)
         if self.width is None and self.round_to is not None:
             msg = "round_to goes with width, which is not given"
+            raise ValueError(msg)
+        if self.width is None and self.protect:
+            msg = "protect goes with width, which is not given"
             raise ValueError(msg)
         return self
 
@@ -63,7 +68,7 @@ class Distillation(DistillationFields, Stage[TorchModel, TorchModel]):
         teacher = model if self.teacher is None else TorchModel.build(self.teacher, seed=context.seed)
         if self.teacher is not None and model.attachment(SoftLabelFile) is not None:
             context.log("the soft labels of the model that enters are not read: another teacher is named")
-        student = self._student(model, task, seed=context.seed)
+        student = self._student(model, task, seed=context.seed, log=context.log)
         if zeros_of(model) and not zeros_of(student):
             context.log("the student is dense: the zeros of the model that enters stay behind with its weights")
         for generation in range(self.generations):
@@ -74,11 +79,20 @@ class Distillation(DistillationFields, Stage[TorchModel, TorchModel]):
             student = student.with_module(distil(Student.of(student), teacher, task, self, now))
         return student
 
-    def _student(self, model: TorchModel, task: Task, *, seed: int) -> TorchModel:
+    def _student(
+        self, model: TorchModel, task: Task, *, seed: int, log: Callable[[str], None] = lambda _line: None
+    ) -> TorchModel:
         if self.student is not None:
             return TorchModel.build(self.student, seed=seed)
         student = shallower(model, task.example_inputs, depth=self.depth) if self.depth else model
         if self.width is not None:
-            return narrower(student, task.example_inputs, width=self.width, round_to=self.round_to or 8)
+            return narrower(
+                student,
+                task.example_inputs,
+                width=self.width,
+                round_to=self.round_to or 8,
+                protect=self.protect,
+                log=log,
+            )
         # the seed itself may be the one that the teacher's first weights came from
         return student if self.depth or self.teacher is not None else reborn(model, seed=seed + 1)

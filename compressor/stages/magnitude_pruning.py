@@ -59,7 +59,8 @@ class MagnitudePruning(Stage[TorchModel, TorchModel]):
     """Channels are kept in multiples of this, because kernels run whole vectors. Unless given, it is the step in which
     time grows with channels on this machine, or half as much and so on in layers with less than two such steps."""
     protect: tuple[str, ...] = ()
-    """Paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`."""
+    """Paths of layers that keep all their channels, with all below them; `*` and `**` as in `losses`. What cannot be
+    followed is kept in any case; the log says what and why."""
     schedule: Schedule | None = None
     """With `recovery`: prune in steps, with an epoch of it after each but the last; all at once unless given."""
     recovery: DistillationSettings | None = None

@@ -1,6 +1,5 @@
 """Single weights of small magnitude become zero: the file compresses better, but is not faster by itself."""
 
-import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, Self, final
 
@@ -11,13 +10,16 @@ from compressor.distillation.distillation_settings import DistillationSettings
 from compressor.distillation.recovery import check_recovery, recover
 from compressor.models.artifact import TorchModel
 from compressor.models.kept_zeros import KeptZeros, zeros_of
+from compressor.models.layers import layer_paths
 from compressor.models.weights import count_zeros
 from compressor.pruning.conv1d import with_linears
+from compressor.pruning.kept import list_reasons
 from compressor.pruning.prunable_weights import prunable_weights
 from compressor.pruning.schedule import Schedule, check_schedule, divide_epochs, list_levels
 from compressor.pruning.zeros import Allocation, pattern_masks, share_of_zeros, zero_masks
 from compressor.records.findings import Reached
 from compressor.stage import Stage, StageContext
+from compressor.system.copying import copy_module
 from compressor.task import Task
 from compressor.text.figures import list_names
 
@@ -63,7 +65,7 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     def rehearse(self, model: TorchModel, reference: TorchModel, task: Task) -> TorchModel:
         """Prune the model at once, and compare it with what recovery asks."""
         model = with_linears(model)
-        dimensions = prunable_weights(model.module, task.example_inputs, protect=self.protect)
+        dimensions = prunable_weights(model.module, task.example_inputs, protect=self.protect).dimensions
         pruned = self._prune(model, dimensions, self.sparsity, log=lambda _line: None)
         check_recovery(pruned, reference, self.recovery, task)
         return pruned
@@ -71,7 +73,10 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
     def apply(self, model: TorchModel, task: Task, context: StageContext) -> TorchModel:
         """Return a model with zeros. Raises StageError if weights cannot be pruned, or more are zero than asked."""
         model = with_linears(model)
-        dimensions = prunable_weights(model.module, task.example_inputs, protect=self.protect)
+        prunable = prunable_weights(model.module, task.example_inputs, protect=self.protect)
+        for line in list_reasons(prunable.dense, layer_paths(model.module)):
+            context.log(f"stay dense: {line}")
+        dimensions = prunable.dimensions
         done = 0
         for sparsity, epochs in self._steps(model.module, dimensions):
             model = self._prune(model, dimensions, sparsity, log=context.log)
@@ -96,7 +101,7 @@ class WeightPruning(Stage[TorchModel, TorchModel]):
         self, model: TorchModel, dimensions: Mapping[str, int], sparsity: float | None, *, log: Callable[[str], None]
     ) -> TorchModel:
         """Set weights of a copy to zero; `dimensions` are those of `prunable_weights`."""
-        module = copy.deepcopy(model.module)
+        module = copy_module(model.module)
         weights = {name: module.get_parameter(name).detach() for name in dimensions}
         if sparsity is None:
             n, m = map(int, str(self.pattern).split(":"))

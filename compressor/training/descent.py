@@ -1,6 +1,5 @@
 """One step of training after another: from a batch to weights that have moved, in one process or in several."""
 
-import copy
 import functools
 import math
 import operator
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from compressor.errors import StageError
+from compressor.system.copying import copy_module
 from compressor.training.objective import Objective
 from compressor.training.sampling import TrainingBatch
 from compressor.training.settings import Optimizer, learning_rate
@@ -87,7 +87,7 @@ def begin_descent(
 
     Raises StageError if no parameter may move.
     """
-    trained = copy.deepcopy(module).train().to(accelerator.device)
+    trained = copy_module(module).train().to(accelerator.device)
     moving = _torch_optimizer(trained, optimizer)
     masks = [(weight.detach(), weight == 0) for weight in map(trained.get_parameter, zeros)]
     if accelerator.scaler is not None:  # for the same reason as in `Descent.step`

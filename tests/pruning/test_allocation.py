@@ -162,7 +162,7 @@ def test_no_group_falls_below_a_tenth_whatever_its_scores():
 
 def test_blocks_of_a_real_network_are_one_class(digits_task):
     module = StackedNetwork()
-    (stack,) = channel_groups(module, digits_task.example_inputs)
+    (stack,) = channel_groups(module, digits_task.example_inputs).groups
     scores = {stack.path: ramp(1, 16)}
     removed = allocate(
         "isomorphic", module, [stack], scores, comparable=False, pruning_ratio=0.25, step_of=multiples_of(1)

@@ -1,10 +1,14 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 from compressor.errors import InputError, StageError
@@ -154,25 +158,58 @@ def test_protecting_everything_is_refused(digits_task):
         prunable_groups(PlainNetwork(), digits_task.example_inputs, protect=["conv*", "fc1"])
 
 
-def test_frozen_parameters_are_refused(digits_task):
-    module = PlainNetwork()
+def lines_and_paths(module: nn.Module, task, **settings) -> tuple[list[str], list[str]]:
+    lines: list[str] = []
+    return lines, paths(module, task, log=lines.append, **settings)
+
+
+def freeze(module: PlainNetwork) -> None:
     module.conv2.requires_grad_(False)
-    with pytest.raises(StageError, match=r"conv2\.weight, conv2\.bias are frozen; unfreeze them"):
-        half(module, digits_task)
 
 
-def test_parametrized_weights_are_refused(digits_task):
+@pytest.mark.parametrize(
+    ("change", "line", "left"),
+    [
+        # what a frozen layer makes, or would have to read less of
+        (freeze, r"kept whole: conv2: its weight is frozen: it has requires_grad=False", ["fc1"]),
+        (lambda m: weight_norm(m.conv2), r"conv2.weight is computed .*utils\.parametrize\.remove_param", ["fc1"]),
+        (lambda m: legacy_weight_norm(m.conv2), r"conv2.weight is computed .*utils\.remove_weight_norm on", ["fc1"]),
+        (
+            lambda m: prune.l1_unstructured(m.fc1, "weight", 0.5),
+            r"fc1.weight is computed .*utils\.prune\.rem",
+            ["conv1"],
+        ),
+    ],
+    ids=["frozen", "parametrized", "legacy-weight-norm", "torch-pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_cannot_be_cut_are_kept_and_the_rest_is_pruned(change, line, left, digits_task):
     module = PlainNetwork()
-    weight_norm(module.conv2)
-    with pytest.raises(StageError, match=r"those of conv2 are computed; call .*remove_parametrizations"):
-        half(module, digits_task)
+    change(module)
+    lines, found = lines_and_paths(module, digits_task)
+    assert found == left
+    assert re.search(line, "\n".join(lines)), lines
+    kept = [path for path in ("conv1", "conv2", "fc1") if path not in left]
+    assert lines_and_paths(module, digits_task, protect=kept) == ([], left)
 
 
-def test_weights_shared_between_modules_are_refused_and_protecting_them_helps(digits_task):
-    with pytest.raises(StageError, match=r"first\.weight and second\.weight are one and the same.*: \[second, first\]"):
+def test_layers_kept_for_one_reason_are_told_in_one_line_with_a_pattern_that_can_be_protected(digits_task):
+    module = nn.Sequential(*(ShuffledBlock() for _ in range(3)), nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
+    lines, found = lines_and_paths(module, digits_task)
+    assert found == ["4"]
+    (line,) = lines
+    assert line.startswith("kept whole: *.shuffled: its outputs") or "*.shuffled" in line
+    quiet, found = lines_and_paths(module, digits_task, protect=["*.shuffled"])
+    assert (quiet, found) == ([], ["4"])
+
+
+def test_weights_shared_between_modules_are_kept(digits_task):
+    with pytest.raises(
+        StageError, match=r"something to remove, .*first\.weight and second\.weight are one and the same"
+    ):
         prunable_groups(TiedNetwork(), digits_task.example_inputs)
     module = nn.Sequential(TiedNetwork(), nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 10))
-    assert paths(module, digits_task, protect=["0.first", "0.second"]) == ["0.head", "1"]
+    assert paths(module, digits_task) == ["0.head", "1"]
 
 
 def test_one_module_in_two_places_is_one_layer(digits_task):
@@ -225,6 +262,17 @@ def test_entries_cut_at_another_place_are_found_out(digits_task):
         prune_channels(module, digits_task.example_inputs, [replace(groups[0], members=shifted)], {"conv1": (3,)})
 
 
+class ShuffledBlock(nn.Module):
+    """A convolution whose channels change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffled, self.last = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        return self.last(F.channel_shuffle(self.shuffled(x), 2))
+
+
 class SplitByAttribute(nn.Module):
     """Channels in four parts, of a width that the constructor wrote down; each part gives its largest."""
 
@@ -242,7 +290,7 @@ class SplitByAttribute(nn.Module):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_attribute_that_goes_stale_and_gives_other_numbers_is_refused(fresh, digits_task):
-    with pytest.raises(StageError, match=r"conv: .* its outputs differ by .* set protect: \[conv\]"):
+    with pytest.raises(StageError, match=r"something to remove, .*; conv: .* its outputs differ by"):
         prunable_groups(SplitByAttribute(fresh=fresh), digits_task.example_inputs)
 
 

@@ -28,7 +28,7 @@ def small(task, count: int = 64):
 
 @pytest.mark.parametrize(("criterion", "order"), [("l1", 1), ("l2", 2)])
 def test_magnitude_is_the_norm_of_every_weight_that_leaves_with_a_channel(criterion, order, plain, digits_task):
-    groups = channel_groups(plain, digits_task.example_inputs)
+    groups = channel_groups(plain, digits_task.example_inputs).groups
     found = scores(criterion, plain, groups, digits_task)
     for channel in range(16):
         weights = [plain.conv1.weight[channel], plain.bn1.weight[channel], plain.conv2.weight[:, channel]]
@@ -45,7 +45,7 @@ def test_magnitude_is_the_norm_of_every_weight_that_leaves_with_a_channel(criter
 def test_magnitude_is_that_of_torch_pruning(network, criterion, order, digits_task):
     torch.manual_seed(0)
     module = network().eval()
-    groups = channel_groups(module, digits_task.example_inputs)
+    groups = channel_groups(module, digits_task.example_inputs).groups
     found = scores(criterion, module, groups, digits_task)
     graph = tp.DependencyGraph().build_dependency(module, digits_task.example_inputs)
     importance = tp.importance.GroupMagnitudeImportance(p=order, group_reduction="sum", normalizer=None)
@@ -60,13 +60,13 @@ def test_bn_scale_is_the_sum_of_the_absolute_scales_of_a_channel(digits_task):
     module = ResidualNetwork()
     for layer in (module.bn1, module.bn2, module.bn3):
         nn.init.uniform_(layer.weight, -1, 1)
-    groups = channel_groups(module, digits_task.example_inputs)
+    groups = channel_groups(module, digits_task.example_inputs).groups
     wanted = module.bn1.weight.abs() + module.bn2.weight.abs() + module.bn3.weight.abs()
     torch.testing.assert_close(scores("bn_scale", module, groups, digits_task)["stem"], wanted.detach())
 
 
 def test_bn_scale_without_batch_normalization_is_refused(plain, digits_task):
-    groups = channel_groups(plain, digits_task.example_inputs)
+    groups = channel_groups(plain, digits_task.example_inputs).groups
     with pytest.raises(StageError, match="in every group, but conv2 has none; choose l2, or protect it"):
         scores("bn_scale", plain, groups, digits_task)
 
@@ -77,7 +77,7 @@ def test_taylor_is_the_squared_change_of_the_loss_as_a_unit_begins_to_fade(netwo
     module = network().double().eval()
     images, targets = digits_task.train.inputs[0][:64].double(), digits_task.train.targets[:64]
     task = replace(digits_task, train=Samples((images,), targets), example_inputs=(images[:2],))
-    groups = channel_groups(module, task.example_inputs)
+    groups = channel_groups(module, task.example_inputs).groups
     found = scores("taylor", module, groups, task)
 
     def loss(group, unit, share) -> float:
@@ -96,7 +96,7 @@ def test_taylor_is_the_squared_change_of_the_loss_as_a_unit_begins_to_fade(netwo
 
 
 def test_taylor_is_the_mean_over_batches_of_the_first_training_samples(plain, digits_task):
-    groups = channel_groups(plain, digits_task.example_inputs)
+    groups = channel_groups(plain, digits_task.example_inputs).groups
     images, targets = digits_task.train.inputs[0], digits_task.train.targets
     halves = [
         scores("taylor", plain, groups, replace(digits_task, train=Samples((images[part],), targets[part])))
@@ -111,7 +111,7 @@ def test_channel_with_large_weights_that_the_loss_does_not_feel_is_least_by_tayl
     with torch.no_grad():
         plain.conv2.weight[7] = 10
         plain.conv2.bias[7] = -1e4  # its rectifier never opens
-    groups = channel_groups(plain, digits_task.example_inputs)
+    groups = channel_groups(plain, digits_task.example_inputs).groups
     assert scores("l2", plain, groups, digits_task)["conv2"].argmax() == 7
     taylor = scores("taylor", plain, groups, small(digits_task))["conv2"]
     assert taylor[7] == 0
@@ -122,7 +122,7 @@ def test_channel_with_large_weights_that_the_loss_does_not_feel_is_least_by_tayl
 def test_scoring_leaves_the_module_as_it_was(criterion, digits_task):
     module = ResidualNetwork().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    groups = channel_groups(module, digits_task.example_inputs)
+    groups = channel_groups(module, digits_task.example_inputs).groups
     found = scores(criterion, module, groups, small(digits_task))
     assert all(score.dtype == torch.float32 and (score >= 0).all() for score in found.values())
     assert module.training

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class Wired(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.wiring(self, *inputs)
+
+
+def groups_of(module, inputs, *, protect=()):
+    return channel_groups(module, inputs, protect=protect).groups
 
 
 def means(x: Tensor) -> Tensor:
@@ -299,7 +304,7 @@ def test_cut_network_answers_like_one_whose_readers_get_zeros(case, digits_task)
     torch.manual_seed(0)
     module = randomized(case.build())
     images = digits_task.test.inputs[0][:8].double()
-    groups = channel_groups(module, (images[:2],))
+    groups = groups_of(module, (images[:2],))
     assert {group.path: (group.units, group.channels_per_unit) for group in groups} == case.groups
     removal = {group.path: some_of(group) for group in groups}
     smaller = without(module, groups, removal)
@@ -420,18 +425,6 @@ UNFOLLOWED = {
         ["up", "stem"],
         ["conv"],
     ),
-    "recurrent-layer": (
-        lambda: Wired(
-            lambda s, x: s.head(F.relu(s.hidden(s.lstm(s.stem(x.squeeze(1)))[0].mean(1)))),
-            stem=nn.Linear(8, 16),
-            lstm=nn.LSTM(16, 16, batch_first=True),
-            hidden=nn.Linear(16, 32),
-            head=nn.Linear(32, 10),
-        ),
-        r"how lstm \(LSTM\) loses channels is not known",
-        ["stem"],
-        ["hidden"],
-    ),
     "softmax-over-channels": (
         lambda: Wired(
             lambda s, x: s.head(means(s.conv(s.stem(x)).softmax(1))),
@@ -459,27 +452,28 @@ UNFOLLOWED = {
 
 
 @pytest.mark.parametrize(("build", "message", "protect", "left"), UNFOLLOWED.values(), ids=UNFOLLOWED)
-def test_layers_that_cannot_be_followed_are_named_and_protecting_them_helps(build, message, protect, left, digits_task):
+def test_layers_that_cannot_be_followed_are_kept_with_a_reason_and_the_rest_is_found(
+    build, message, protect, left, digits_task
+):
     torch.manual_seed(0)
     module = build()
-    with pytest.raises(StageError, match=message) as refusal:
-        channel_groups(module, digits_task.example_inputs)
-    advice = str(refusal.value).rpartition("protect: [")[2].rstrip("]").split(", ")
-    assert advice == protect
-    assert [group.path for group in channel_groups(module, digits_task.example_inputs, protect=advice)] == left
+    found = channel_groups(module, digits_task.example_inputs)
+    assert [group.path for group in found.groups] == left
+    assert list(found.kept) == protect
+    assert re.search(message, "; ".join(f"{path}: {reason}" for path, reason in found.kept.items()))
+    told = channel_groups(module, digits_task.example_inputs, protect=protect)
+    assert ([group.path for group in told.groups], told.kept) == (left, {})
 
 
-def test_shortcut_that_adds_zero_channels_is_refused_and_the_rest_can_be_pruned():
-    module, images = CifarResNet(blocks=1), (torch.rand(2, 3, 8, 8),)
-    with pytest.raises(StageError, match="To leave these layers whole, set protect") as refusal:
-        channel_groups(module, images)
-    advice = str(refusal.value).rpartition("protect: [")[2].rstrip("]").split(", ")
-    inner = {group.path for group in channel_groups(module, images, protect=advice)}
-    assert {f"layer{stack}.0.conv1" for stack in (1, 2, 3)} <= inner  # within a block no shortcut passes
+def test_shortcut_that_adds_zero_channels_is_kept_and_the_rest_can_be_pruned():
+    found = channel_groups(CifarResNet(blocks=1), (torch.rand(2, 3, 8, 8),))
+    assert found.kept
+    # within a block no shortcut passes
+    assert {f"layer{stack}.0.conv1" for stack in (1, 2, 3)} <= {group.path for group in found.groups}
 
 
 def test_output_layer_is_told_from_a_hidden_layer_of_its_width(digits_task):
-    groups = channel_groups(TenEverywhereNetwork(), digits_task.example_inputs)
+    groups = groups_of(TenEverywhereNetwork(), digits_task.example_inputs)
     assert [(group.path, group.units) for group in groups] == [("hidden", 10)]
 
 
@@ -493,7 +487,7 @@ def test_output_layer_is_told_from_a_hidden_layer_of_its_width(digits_task):
 )
 def test_convolution_that_makes_the_output_keeps_its_channels(digits_task, head):
     module = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), head)
-    assert [group.path for group in channel_groups(module, digits_task.example_inputs)] == ["0"]
+    assert [group.path for group in groups_of(module, digits_task.example_inputs)] == ["0"]
 
 
 def test_outputs_that_layers_share_keep_their_channels(digits_task):
@@ -503,19 +497,34 @@ def test_outputs_that_layers_share_keep_their_channels(digits_task):
         one=nn.Linear(8, 4),
         other=nn.Linear(8, 6),
     )
-    assert [group.path for group in channel_groups(module, digits_task.example_inputs)] == ["stem"]
+    assert [group.path for group in groups_of(module, digits_task.example_inputs)] == ["stem"]
 
 
 def test_size_written_in_forward_is_explained(digits_task):
-    with pytest.raises(StageError, match="is a size written in its forward"):
-        channel_groups(FixedViewNetwork(), digits_task.example_inputs)
+    found = channel_groups(FixedViewNetwork(), digits_task.example_inputs)
+    assert found.groups == ()
+    assert "is a size written in its forward" in found.kept["conv"]
 
 
 def test_layer_that_takes_no_part_is_named(digits_task):
     module = PlainNetwork()
     module.forgotten = nn.Linear(3, 3)
-    with pytest.raises(StageError, match="but forgotten did not; take it out of the module, or let"):
-        channel_groups(module, digits_task.example_inputs)
+    found = channel_groups(module, digits_task.example_inputs)
+    assert found.kept == {"forgotten": "it takes no part in the forward pass in evaluation mode"}
+    assert [group.path for group in found.groups] == ["conv1", "conv2", "fc1"]
+
+
+def test_channels_that_another_layer_reads_in_training_are_kept(digits_task):
+    module = Wired(
+        lambda s, x: s.head(means(y := s.last(s.stem(x)))) + (s.aid(means(y)) if s.training else 0),
+        stem=conv(1, 8),
+        last=conv(8, 8),
+        aid=nn.Linear(8, 10),
+        head=nn.Linear(8, 10),
+    )
+    found = channel_groups(module, digits_task.example_inputs)
+    assert [group.path for group in found.groups] == ["stem"]
+    assert found.kept["last"] == "layers that run in training alone use its channels"
 
 
 @pytest.mark.parametrize(
@@ -524,7 +533,7 @@ def test_layer_that_takes_no_part_is_named(digits_task):
 def test_more_than_one_output_is_refused(digits_task, outputs, kind):
     module = Wired(lambda s, x: outputs(s.head(means(s.stem(x)))), stem=conv(1, 8), head=nn.Linear(8, 10))
     with pytest.raises(StageError, match=f"Wired must give one tensor to be pruned, got {kind}"):
-        channel_groups(module, digits_task.example_inputs)
+        groups_of(module, digits_task.example_inputs)
 
 
 def test_numbers_of_tokens_and_several_inputs_are_followed():
@@ -534,21 +543,21 @@ def test_numbers_of_tokens_and_several_inputs_are_followed():
         hidden=nn.Linear(16, 32),
         head=nn.Linear(32, 4),
     )
-    groups = channel_groups(module, (torch.arange(7)[None], torch.ones(1, 7)))
+    groups = groups_of(module, (torch.arange(7)[None], torch.ones(1, 7)))
     assert [(group.path, group.units) for group in groups] == [("hidden", 32)]
 
 
 @pytest.mark.parametrize("network", [PlainNetwork, ResidualNetwork, SqueezeExciteNetwork, ConvNextNetwork])
 def test_one_example_is_enough(network, digits_task):
     module, images = network(), digits_task.example_inputs[0]
-    assert channel_groups(module, (images[:1],)) == channel_groups(module, (images,))
+    assert groups_of(module, (images[:1],)) == groups_of(module, (images,))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_module_is_left_as_it_was(training, digits_task):
     module = nn.Sequential(PlainNetwork(), nn.Dropout(0.5)).train(training)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    channel_groups(module, digits_task.example_inputs)
+    groups_of(module, digits_task.example_inputs)
     assert all(layer.training == training for layer in module.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert not any(layer._forward_hooks for layer in module.modules())

@@ -240,14 +240,14 @@ def test_regrouping_is_found_out_with_weights_too_small_to_show_it(digits_task):
     assert ("blocks.0.attn", "n_heads") in {(size.path, size.name) for size in sizes}
 
 
-def test_attention_that_takes_sizes_from_its_input_is_refused(digits_task):
-    with pytest.raises(StageError) as error:
-        transformer_groups(block_of(attention="stale"), digits_task.example_inputs)
-    assert str(error.value) == (
-        "attention at 'blocks.0.attn' (StaleAttention) must answer without a head like one whose head is silent, but "
-        "whichever of its attributes follow (num_heads=4, head_dim=8), it does not run or gives other numbers; let it "
-        "reshape with its own num_heads and head_dim, not with sizes of its input, of a configuration or of another "
-        "layer, or `protect` 'blocks.0.attn'"
+def test_attention_that_takes_sizes_from_its_input_is_kept_and_the_rest_is_found(digits_task):
+    units = transformer_units(block_of(attention="stale"), digits_task.example_inputs)
+    assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
+    assert list(units.kept) == ["blocks.0.attn", "blocks.1.attn"]
+    assert units.kept["blocks.0.attn"] == (
+        "whichever attributes of StaleAttention follow (num_heads=4, head_dim=8), it does not run without a head or "
+        "gives other numbers than with the head silent; let it reshape with its own num_heads and head_dim, not with "
+        "sizes of its input, of a configuration or of another layer"
     )
 
 
@@ -255,25 +255,25 @@ def test_protected_attention_keeps_its_heads_and_the_rest_is_found(digits_task):
     protect = ("blocks.0.attn", "blocks.1.attn")
     units = transformer_units(block_of(attention="stale"), digits_task.example_inputs, protect=protect)
     assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
-    assert units.left_whole == {}
+    assert units.kept == {}
 
 
-def test_torch_attention_is_left_whole_with_its_reason(digits_task):
+def test_torch_attention_is_kept_with_its_reason(digits_task):
     units = transformer_units(block_of(attention="torch"), digits_task.example_inputs)
     assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
-    assert list(units.left_whole) == ["blocks.0.attn", "blocks.1.attn"]
-    assert "takes the size of a head from the width of its input" in units.left_whole["blocks.0.attn"]
+    assert list(units.kept) == ["blocks.0.attn", "blocks.1.attn"]
+    assert "takes the size of a head from the width of its input" in units.kept["blocks.0.attn"]
 
 
 def test_encoder_of_torch_loses_hidden_units_alone(digits_task):
     units = transformer_units(EncoderLayers().eval(), digits_task.example_inputs)
     assert [group.path for group in units.groups] == ["encoder.layers.0.linear1", "encoder.layers.1.linear1"]
-    assert list(units.left_whole) == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    assert list(units.kept) == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
 
 
-def test_attention_with_a_layer_in_between_is_named_as_left_whole(digits_task):
+def test_attention_with_a_layer_in_between_is_named_as_kept(digits_task):
     units = transformer_units(block_of(attention="interleaved"), digits_task.example_inputs)
-    assert list(units.left_whole) == ["blocks.0.attn", "blocks.1.attn"]
+    assert list(units.kept) == ["blocks.0.attn", "blocks.1.attn"]
     assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
 
 
@@ -284,17 +284,28 @@ def test_hidden_units_that_a_softmax_mixes_are_no_group(digits_task):
     assert paths == ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.0"]
 
 
-def test_weight_shared_by_two_layers_is_refused(digits_task):
+def test_weight_shared_by_two_layers_is_kept(digits_task):
     module = block_of(attention="fused")
     module.blocks[1].mlp[0].weight = module.blocks[0].mlp[0].weight
-    with pytest.raises(StageError, match=r"blocks\.0\.mlp\.0\.weight and blocks\.1\.mlp\.0\.weight are one"):
-        transformer_groups(module, digits_task.example_inputs)
+    units = transformer_units(module, digits_task.example_inputs)
+    assert [group.path for group in units.groups] == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    reason = "blocks.0.mlp.0.weight and blocks.1.mlp.0.weight are one and the same"
+    assert units.kept == {"blocks.0.mlp.0": reason, "blocks.1.mlp.0": reason}
+
+
+def test_frozen_layer_matters_only_where_it_would_be_cut(digits_task):
+    module = block_of(attention="fused")
+    module.positions.requires_grad_(False)
+    module.blocks[0].attn.proj.requires_grad_(False)
+    units = transformer_units(module, digits_task.example_inputs)
+    assert [group.path for group in units.groups] == ["blocks.0.mlp.0", "blocks.1.attn.qkv", "blocks.1.mlp.0"]
+    assert units.kept == {"blocks.0.attn.qkv": "blocks.0.attn.proj.weight is frozen: it has requires_grad=False"}
 
 
 @pytest.mark.parametrize("network", [PlainNetwork, ConcatenatedNetwork])
 def test_network_without_attention_has_no_groups(network, digits_task):
     units = transformer_units(network().eval(), digits_task.example_inputs)
-    assert (units.groups, units.left_whole) == ((), {})
+    assert (units.groups, units.kept) == ((), {})
 
 
 def test_module_is_left_as_it_was():
