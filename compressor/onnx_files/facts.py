@@ -26,9 +26,14 @@ _FLOATS = {
 }
 _NARROW_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4}
 _SETTINGS = {
-    "QuantizeLinear": {1, 2},
+    "ConvInteger": {2, 3},
     "DequantizeLinear": {1, 2},
+    "MatMulInteger": {2, 3},
     "MatMulNBits": {2, 3},
+    "QGemm": {1, 2, 4, 5, 7, 8},
+    "QLinearConv": {1, 2, 4, 5, 6, 7},
+    "QLinearMatMul": {1, 2, 4, 5, 6, 7},
+    "QuantizeLinear": {1, 2},
     "Resize": {1, 2, 3},
     "Upsample": {1},
 }

@@ -28,7 +28,7 @@ def count_macs(model: ModelProto, inputs: Sequence[Array], directory: Path) -> i
     for graph in (top, *nested):
         for node in graph.node:
             name = f"the node that gives {', '.join(node.output)!r} ({node.domain or 'ai.onnx'}.{node.op_type})"
-            known = node.domain in {"", "ai.onnx"} or (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits")
+            known = node.domain in {"", "ai.onnx"} or (node.domain == "com.microsoft" and node.op_type in _MICROSOFT)
             if node.op_type in _NOT_COUNTED or not known:
                 msg = f"the products of {name} are not known"
                 raise ValueError(msg)
@@ -71,7 +71,12 @@ def _shapes(model: ModelProto, tensors: set[str], inputs: Sequence[Array], direc
 
 
 def _conv_macs(node: NodeProto, shape_of: ShapeOf) -> int:
-    return math.prod(shape_of(node.output[0])) * math.prod(shape_of(node.input[1])[1:])
+    return math.prod(shape_of(node.output[0])) * math.prod(shape_of(_weight(node))[1:])
+
+
+def _weight(node: NodeProto) -> str:
+    """Name of the second factor, which comes after scale and zero point of the first where there are such."""
+    return str(node.input[3 if node.op_type in {"QGemm", "QLinearConv", "QLinearMatMul"} else 1])
 
 
 def _conv_transpose_macs(node: NodeProto, shape_of: ShapeOf) -> int:
@@ -79,12 +84,12 @@ def _conv_transpose_macs(node: NodeProto, shape_of: ShapeOf) -> int:
 
 
 def _gemm_macs(node: NodeProto, shape_of: ShapeOf) -> int:
-    inner = shape_of(node.input[1])[1 if attribute(node, "transB", 0) else 0]
+    inner = shape_of(_weight(node))[1 if attribute(node, "transB", 0) else 0]
     return math.prod(shape_of(node.output[0])) * inner
 
 
 def _matmul_macs(node: NodeProto, shape_of: ShapeOf) -> int:
-    inner = shape_of(node.input[1])[-2:][0]  # of a vector, its length
+    inner = shape_of(_weight(node))[-2:][0]  # of a vector, its length
     return math.prod(shape_of(node.output[0])) * inner
 
 
@@ -113,14 +118,21 @@ def _recurrent_macs(node: NodeProto, shape_of: ShapeOf) -> int:
 
 _MACS: Mapping[str, Callable[[NodeProto, ShapeOf], int]] = {
     "Conv": _conv_macs,
+    "ConvInteger": _conv_macs,
     "ConvTranspose": _conv_transpose_macs,
     "Einsum": _einsum_macs,
     "GRU": _recurrent_macs,
     "Gemm": _gemm_macs,
     "LSTM": _recurrent_macs,
     "MatMul": _matmul_macs,
+    "MatMulInteger": _matmul_macs,
     "MatMulNBits": _matmul_blocks_macs,
+    "QGemm": _gemm_macs,
+    "QLinearConv": _conv_macs,
+    "QLinearMatMul": _matmul_macs,
     "RNN": _recurrent_macs,
 }
-_NOT_COUNTED = {"Attention", "ConvInteger", "DeformConv", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
+_MICROSOFT = {"MatMulNBits", "QGemm"}
+"""Operators of ONNX Runtime's own that are counted."""
+_NOT_COUNTED = {"Attention", "DeformConv"}
 """Operators that multiply, and that no formula above covers."""

@@ -118,7 +118,10 @@ class Int8Ptq(Stage[TorchModel, OnnxModel]):
         kept = self._select_floats(graph)
         between = islands(*prepare_plan(graph, context.log, keep_float=kept))
         if between:
-            context.log(f"computes in float between int8 layers: {list_names(between)}")
+            context.log(
+                f"computes in float between int8 layers: {list_names(between)}; what they give is rounded to uint8 "
+                "where an int8 layer reads it"
+            )
         if self.keep_float != "auto":
             return kept, ()
         limit = TARGETS[self.target].weight_limit

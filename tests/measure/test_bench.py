@@ -87,15 +87,12 @@ def test_a_file_in_half_precision_is_compared_with_the_float_one_and_counted(tmp
 
 
 def test_what_cannot_be_counted_is_unknown_and_says_why(tmp_path):
-    weight = numpy_helper.from_array(np.ones((4, 4), np.int8), "w")
-    nodes = [
-        helper.make_node("DynamicQuantizeLinear", ["x"], ["x8", "scale", "zero"]),
-        helper.make_node("MatMulInteger", ["x8", "w"], ["y"]),
-    ]
-    path = save(tmp_path / "m.onnx", nodes, [weight], {"x": (TensorProto.FLOAT, ("n", 4))}, TensorProto.INT32)
+    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    nodes = [helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft")]
+    path = save(tmp_path / "m.onnx", nodes, [weight], {"x": (TensorProto.FLOAT, ("n", 4))})
     (candidate,) = bench([path], max_seconds=0).candidates
     assert (candidate.parameters, candidate.macs) == (16, None)
-    assert "the products of the node that gives 'y' (ai.onnx.MatMulInteger) are not known" in candidate.uncounted
+    assert "the products of the node that gives 'y' (com.microsoft.FusedMatMul) are not known" in candidate.uncounted
 
 
 @pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.INT4, TensorProto.FLOAT8E5M2])
