@@ -104,15 +104,17 @@ def random_inputs(
 ) -> dict[str, Array]:
     """Arrays for the inputs of an ONNX file, by name: normal floats; zeros and ones for whole numbers and booleans.
 
-    A first dimension that is dynamic is the batch; `sizes` are those of other dynamic dimensions, by name. Raises
-    InputError for a dimension without a size, a size without a dimension, or a batch fixed at another size.
+    The batch is the dimension that `find_batch` names, else the first; `sizes` are those of other dynamic dimensions,
+    by name. Raises InputError for a dimension without a size, a size without a dimension, or a batch fixed at another
+    size.
     """
     generator = np.random.default_rng(seed)
     inputs = signature(open_session(path, threads=1), path)
-    _check_names(sizes or {}, inputs, path)
+    batch = find_batch(inputs)
+    _check_names(sizes or {}, inputs, batch, path)
     arrays: dict[str, Array] = {}
     for one in inputs:
-        shape = _shape(one, batch_size, sizes or {}, path)
+        shape = _shape(one, batch, batch_size, sizes or {}, path)
         floating = np.issubdtype(one.dtype, np.floating)
         try:
             numbers = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
@@ -163,36 +165,54 @@ def arrange(inputs: Mapping[str, Array] | Sequence[Array], wanted: Sequence[Inpu
     return [one.cast(array) for one, array in zip(wanted, arrays, strict=True)]
 
 
-def _check_names(sizes: Mapping[str, int], inputs: Sequence[Input], path: Path) -> None:
-    dynamic = {size: None for one in inputs for size in one.sizes[1:] if isinstance(size, str)}
+def find_batch(inputs: Sequence[Input]) -> str | None:
+    """Name of the dynamic dimension that is the batch, wherever it stands; None if no name of one is in all inputs.
+
+    It is the one that says so, or the first dimension of the first input, or the only one that several inputs share.
+    """
+    names = [[size for size in one.sizes if isinstance(size, str)] for one in inputs]
+    shared = [name for name in (names or [[]])[0] if all(name in others for others in names)]
+    called = [name for name in shared if "batch" in name.lower()]
+    first = [name for name in shared if name == inputs[0].sizes[0]]
+    alone = shared if len(inputs) > 1 and len(shared) == 1 else []
+    return next(iter((*called, *first, *alone)), None)
+
+
+def _check_names(sizes: Mapping[str, int], inputs: Sequence[Input], batch: str | None, path: Path) -> None:
+    others = [size for one in inputs for size in (one.sizes if batch else one.sizes[1:]) if size != batch]
+    dynamic = dict.fromkeys(size for size in others if isinstance(size, str))
     for name in sizes:
         if name not in dynamic:
             named = ", ".join(map(repr, dynamic)) or "none"
             msg = (
-                f"sizes must be of dynamic dimensions after the batch (of {path}: {named}), "
+                f"sizes must be of dynamic dimensions beside the batch (of {path}: {named}), "
                 f"got {name!r}{did_you_mean(name, dynamic)}"
             )
             raise InputError(msg)
 
 
-def _shape(one: Input, batch_size: int, sizes: Mapping[str, int], path: Path) -> list[int]:
+def _shape(one: Input, batch: str | None, batch_size: int, sizes: Mapping[str, int], path: Path) -> list[int]:
     """The sizes of an input that is made up."""
-    first = [size if isinstance(size, int) else batch_size for size in one.sizes[:1]]
-    rest = [sizes.get(size, size) if isinstance(size, str) else size for size in one.sizes[1:]]
-    if first != [batch_size]:
+    given = dict(sizes) if batch is None else {**sizes, batch: batch_size}
+    shape = [given.get(size) if isinstance(size, str) else size for size in one.sizes]
+    if batch is None:
+        shape[:1] = [batch_size if not isinstance(size, int) else size for size in one.sizes[:1]]
+        if shape[:1] != [batch_size]:
+            msg = (
+                f"input {one.name!r} of {path} must take a batch of {batch_size}, got {one}; "
+                "choose its batch size (--batch-size), or give example inputs (--inputs)"
+            )
+            raise InputError(msg)
+    known = [size for size in shape if size is not None]
+    if len(known) < len(shape):
+        unknown = [size for size, found in zip(one.sizes, shape, strict=True) if found is None]
+        by_name = "" if None in unknown else "those of its dynamic dimensions by name (--dimension NAME=SIZE), or "
         msg = (
-            f"input {one.name!r} of {path} must take a batch of {batch_size}, got {one}; "
-            "choose its batch size (--batch-size), or give example inputs (--inputs)"
+            f"input {one.name!r} of {path} must have known sizes beside the batch, got {one}; give {by_name}example "
+            "inputs (--inputs)"
         )
         raise InputError(msg)
-    known = [size for size in rest if isinstance(size, int)]
-    if len(known) < len(rest):
-        msg = (
-            f"input {one.name!r} of {path} must have known sizes after the batch, got {one}; give those of its "
-            "dynamic dimensions by name (--dimension NAME=SIZE), or example inputs (--inputs)"
-        )
-        raise InputError(msg)
-    return [batch_size, *known]
+    return known
 
 
 def _check_members(names: Collection[str], inputs: Collection[str], file: Path, path: Path) -> None:

@@ -53,6 +53,34 @@ def test_a_size_must_be_that_of_a_dimension_after_the_batch(text, name, message)
         random_inputs(text, sizes={"length": 7, name: 7})
 
 
+def recurrent(path: Path, **inputs: tuple[int | str | None, ...]) -> Path:
+    nodes = [helper.make_node("Identity", [next(iter(inputs))], ["y"])]
+    return save(path, nodes, [], {name: (TensorProto.FLOAT, sizes) for name, sizes in inputs.items()})
+
+
+def test_batch_is_the_dimension_that_is_called_so_or_that_all_inputs_share(tmp_path):
+    states = {"x": ("time", "N", 4), "h": (2, "N", 8)}
+    for number, (inputs, wanted) in enumerate(
+        [
+            ({"x": ("time", "batch", 4)}, [(7, 3, 4)]),
+            ({"x": ("N", "time", 4), "h": (2, "N", 8)}, [(3, 7, 4), (2, 3, 8)]),
+            (states, [(7, 3, 4), (2, 3, 8)]),
+            ({"x": ("samples", "time", 4)}, [(3, 7, 4)]),
+            ({"x": (None, "time", 4)}, [(3, 7, 4)]),
+        ]
+    ):
+        path = recurrent(tmp_path / f"{number}.onnx", **inputs)
+        found = random_inputs(path, batch_size=3, sizes={"time": 7})
+        assert [array.shape for array in found.values()] == wanted
+    with pytest.raises(InputError, match=r"beside the batch .*'time'\), got 'N'"):
+        random_inputs(recurrent(tmp_path / "states.onnx", **states), sizes={"N": 3})
+
+
+def test_dimension_without_a_name_is_not_asked_for_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"known sizes beside the batch, .*; give example inputs \(--inputs\)$"):
+        random_inputs(recurrent(tmp_path / "m.onnx", x=("batch", None, 4)))
+
+
 def test_a_fixed_batch_size_must_be_the_one_asked_for(tmp_path):
     path = convolutions(tmp_path / "m.onnx", (4, 3), shape=(8, 1, 28, 28))
     with pytest.raises(InputError, match="batch of 1"):
